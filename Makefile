@@ -1,0 +1,30 @@
+# Every target sets itself up: a virtual environment in .venv, torch, the package with its extension (.ci/setup.sh).
+#   make test TORCH=torch==2.12.0 TORCH_INDEX_URL=... PYTHON=python3.12
+
+.PHONY: demo test bench lint clean
+.DEFAULT_GOAL := demo
+
+demo:
+	@.ci/setup.sh
+	.venv/bin/lead-fast demo --out demo-run
+
+test:
+	@.ci/setup.sh test
+	.venv/bin/pytest -q --durations=15 tests
+
+bench:
+	@.ci/setup.sh test,bench
+	.venv/bin/pytest -q --timeout=0 benchmarks
+
+lint:
+	@.ci/setup.sh dev,test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	.venv/bin/pyright
+
+# Keeps .venv; the next target rebuilds the extension into it.
+clean:
+	rm -rf build dist *.egg-info demo-run .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.lead-fast-*
+	rm -f lead_fast/*.so
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
