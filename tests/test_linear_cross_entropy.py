@@ -1,0 +1,213 @@
+"""`linear_cross_entropy` against plain PyTorch in fp64, and its statistics against autograd one sample at a time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from linear_cross_entropy_truth import (
+    BACKENDS,
+    DTYPES,
+    TOLERANCE,
+    Case,
+    assert_as_good,
+    make_case,
+    plain_stats,
+    run,
+    run_plain,
+)
+from torch import Tensor
+
+from lead_fast.ops import linear_cross_entropy
+
+REDUCTIONS = ["mean", "sample_mean", "sum", "none"]
+BACKEND_DTYPES = [
+    pytest.param(*backend.values, dtype, id=f"{backend.id}-{str(dtype).removeprefix('torch.')}", marks=backend.marks)
+    for backend in BACKENDS
+    for dtype in DTYPES[str(backend.id)]
+]
+
+
+def check(
+    case: Case, backend: tuple[str, str], upstream: Tensor | None = None, tolerance: float | None = None
+) -> None:
+    """Loss, every gradient and every statistic by the tolerance rule."""
+    tolerance = TOLERANCE[case.dtype] if tolerance is None else tolerance
+    found, stats = run(case, backend, upstream)
+    truth, same_dtype = (run_plain(case, dtype, upstream) for dtype in (torch.float64, case.dtype))
+    for name, value in found.items():
+        assert_as_good(name, value, same_dtype[name], truth[name], tolerance)
+    true_stats, plain = plain_stats(case, torch.float64), plain_stats(case, case.dtype)
+    for name, value in stats._asdict().items():
+        assert_as_good(name, value, getattr(plain, name), getattr(true_stats, name), tolerance)
+    assert torch.equal(stats.num_tokens, true_stats.num_tokens)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_dtype_and_reduction(backend: tuple[str, str], dtype: torch.dtype, reduction: str) -> None:
+    case = make_case(dtype=dtype, reduction=reduction, bias=True)
+    upstream = torch.randn(case.labels.shape) if reduction == "none" else torch.tensor(-1.7)
+    check(case, backend, upstream)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("softcap", "logit_scale", "bias"),
+    [(3.0, 1.0, False), (None, 0.37, False), (2.0, -1.5, True), (0.5, 4.0, False)],  # the last one saturates the cap
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cap_and_scale(
+    backend: tuple[str, str], softcap: float | None, logit_scale: float, bias: bool, dtype: torch.dtype
+) -> None:
+    check(make_case(softcap=softcap, logit_scale=logit_scale, bias=bias, dtype=dtype), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_token_weights_index_and_num_items(backend: tuple[str, str], reduction: str) -> None:
+    case = make_case(reduction=reduction, bias=True)
+    weights = torch.rand(case.labels.shape) - 0.3
+    weights[::4] = 0
+    index = (case.labels != -100).nonzero().squeeze(1)
+    upstream = torch.randn(case.labels.shape) if reduction == "none" else torch.tensor(0.6)
+    options = {"num_items": torch.tensor([17])} if reduction == "mean" else {}
+    check(case.with_options(token_weights=weights, **options), backend, upstream)
+    check(case.with_options(token_weights=weights, token_index=index, **options), backend, upstream)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("lengths", "width", "vocab"),
+    [
+        pytest.param((1,), 1, 1, id="one-token-one-word"),
+        pytest.param((5,), 3, 2, id="tiny"),
+        pytest.param((16, 16), 32, 256, id="aligned"),
+        pytest.param((3, 0, 0, 40, 2), 17, 2049, id="ragged-rows-over-a-block"),
+        pytest.param((60, 31, 33), 40, 61, id="samples-shorter-and-longer-than-the-width"),
+        pytest.param((300, 5, 290), 288, 67, id="gram-over-a-tile"),
+        pytest.param((600, 2), 270, 50, id="outer-product-over-a-tile-and-several-chunks"),
+    ],
+)
+def test_shapes(backend: tuple[str, str], lengths: tuple[int, ...], width: int, vocab: int) -> None:
+    check(make_case(lengths, width, vocab, ignored=0.2 if sum(lengths) > 1 else 0.0), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vocabulary_of_256_000(backend: tuple[str, str], dtype: torch.dtype) -> None:
+    # The products of a sum over 256,000 terms in fp32 err by up to 4e-5, plain PyTorch's too.
+    check(make_case((5, 4), 8, 256_000, dtype=dtype), backend, tolerance=max(5e-5, TOLERANCE[dtype]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_and_small_losses(backend: tuple[str, str]) -> None:
+    """Losses of 1e-9 keep their digits; losses above 200 have gradients of the size they should have."""
+    case = make_case((8, 8), width=20, vocab=50, ignored=0)
+    best = (case.hidden @ case.weight.T).argmax(1)
+    sharp = Case(case.hidden * 40, case.weight * 5, case.labels.clone(), case.cu_seqlens)
+    sharp.labels[:8] = best[:8]
+    found, stats = run(sharp, backend)
+    truth, true_stats = run_plain(sharp, torch.float64), plain_stats(sharp, torch.float64)
+    assert true_stats.loss[0] < 1e-3 and true_stats.loss[1] > 200
+    for name, value in found.items():
+        torch.testing.assert_close(value, truth[name], rtol=2e-5, atol=2e-5 * float(truth[name].abs().max()))
+    # A logit of 400 carries an error of 3e-5 in fp32, and so does the logarithm of every small probability.
+    for value, expected in zip(stats, true_stats, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accumulation_with_num_items(backend: tuple[str, str]) -> None:
+    """Micro-batches under the step's number of supervised tokens sum to the whole batch."""
+    case = make_case((12, 9, 14, 5))
+    whole, _ = run(case, backend)
+    total = int((case.labels != -100).sum())
+    parts = []
+    for tokens, bounds in ((slice(0, 21), (0, 12, 21)), (slice(21, 40), (0, 14, 19))):
+        part = Case(case.hidden[tokens], case.weight, case.labels[tokens], torch.tensor(bounds), options={"num_items": total})
+        parts.append(run(part, backend)[0])
+    torch.testing.assert_close(parts[0]["loss"] + parts[1]["loss"], whole["loss"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(parts[0]["weight"] + parts[1]["weight"], whole["weight"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.cat([p["hidden"] for p in parts]), whole["hidden"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padded_batch_is_one_sample_a_row(backend: tuple[str, str]) -> None:
+    case = make_case((10, 10, 10), reduction="none")
+    flat, flat_stats = run(case, backend)
+    name, device = backend
+    given = case.at(case.dtype, device)
+    del given["cu_seqlens"]
+    hidden, labels = given.pop("hidden"), given.pop("labels")
+    out = linear_cross_entropy(hidden.reshape(3, 10, -1), given.pop("weight"), labels.reshape(3, 10), backend=name, **given)
+    assert out.loss.shape == (3, 10)
+    assert torch.equal(out.loss.flatten().double().cpu(), flat["loss"])
+    assert out.samples is not None
+    for padded, packed in zip(out.samples, flat_stats, strict=True):
+        assert torch.equal(padded.double().cpu(), packed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_inputs(backend: tuple[str, str]) -> None:
+    case = make_case(bias=True)
+    expected, expected_stats = run(case, backend)
+    strided = Case(
+        hidden=case.hidden.T.contiguous().T,
+        weight=torch.stack([case.weight, case.weight], 2)[:, :, 1],
+        labels=torch.stack([case.labels, case.labels], 1)[:, 0],
+        cu_seqlens=torch.stack([case.cu_seqlens, case.cu_seqlens], 1)[:, 0],
+        bias=None if case.bias is None else torch.stack([case.bias, case.bias], 1)[:, 1],
+    )
+    assert not any(t.is_contiguous() for t in (strided.hidden, strided.weight, strided.labels, strided.cu_seqlens))
+    found, stats = run(strided, backend)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+    for value, other in zip(stats, expected_stats, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradcheck(reduction: str) -> None:
+    case = make_case((3, 0, 4), 4, 9, bias=True, reduction=reduction, softcap=4.0, logit_scale=0.8)
+    given = case.at(torch.float64)
+    leaves = [given.pop(name) for name in ("hidden", "weight", "bias")]
+    labels = given.pop("labels")
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels, bias=bias, backend="reference", **given).loss
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(lambda lengths: sum(lengths) > 0),
+    width=st.integers(1, 40),
+    vocab=st.integers(2, 70),
+    seed=st.integers(0, 1000),
+)
+def test_cpp_agrees_with_the_reference(lengths: list[int], width: int, vocab: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    case = make_case(tuple(lengths), width, vocab, bias=seed % 2 == 0, reduction="sample_mean", softcap=5.0)
+    expected, expected_stats = run(case, ("reference", "cpu"))
+    found, stats = run(case, ("cpp", "cpu"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-5, atol=2e-6)
+    for value, other in zip(stats, expected_stats, strict=True):
+        torch.testing.assert_close(value, other, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("instruction_set", ["avx2", "portable"])
+def test_other_instruction_sets(instruction_set: str) -> None:
+    """The kernels that this CPU does not choose by itself, in a process of their own: the choice is made once."""
+    environment = {**os.environ, "LEAD_FAST_CPU": instruction_set}
+    selected = "cpp and (test_every_dtype or test_cap_and_scale or test_shapes) and not agrees"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selected]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:]

@@ -1,0 +1,227 @@
+"""`linear_cross_entropy` where things go wrong or run out: NaN, inf, empty batches, bad labels, zero weights, many logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linear_cross_entropy_truth import BACKENDS, Case, make_case, plain_stats, run, run_plain
+from torch import Tensor
+
+from lead_fast.ops import SampleStats, bad_label_count, linear_cross_entropy
+
+
+def clean_and_broken(break_token: int, value: float, **options: object) -> tuple[Case, Case]:
+    """A case, and the same with one hidden state of sample 1 of 3 set to `value`."""
+    case = make_case((6, 5, 7), ignored=0, **options)  # type: ignore[arg-type]
+    hidden = case.hidden.clone()
+    hidden[break_token] = value
+    return case, Case(hidden, case.weight, case.labels, case.cu_seqlens, options=case.options)
+
+
+def others(values: Tensor) -> Tensor:
+    """Entries of samples 0 and 2."""
+    return values[[0, 2]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_nan_stays_in_its_own_sample(backend: tuple[str, str], value: float) -> None:
+    clean, broken = clean_and_broken(8, value, reduction="none")
+    expected, expected_stats = run(clean, backend)
+    found, stats = run(broken, backend)
+    assert found["loss"][8].isnan() and found["hidden"][8].isnan().all()
+    for name in ("loss", "hidden"):
+        rest = torch.arange(18) != 8
+        torch.testing.assert_close(found[name][rest], expected[name][rest], rtol=1e-6, atol=1e-7)
+    for name in ("loss", "logit_grad_sq", "hidden_grad_sq", "grad_norm_sq"):
+        assert getattr(stats, name)[1].isnan(), name
+        torch.testing.assert_close(others(getattr(stats, name)), others(getattr(expected_stats, name)), rtol=1e-6, atol=0)
+    assert stats.num_tokens.tolist() == [6, 5, 7]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_of_0_contributes_exactly_0(backend: tuple[str, str], reduction: str, value: float) -> None:
+    weights = torch.ones(18)
+    weights[8] = 0
+    clean, broken = clean_and_broken(8, value, reduction=reduction, token_weights=weights)
+    expected, _ = run(clean, backend)
+    found, _ = run(broken, backend)
+    assert (found["hidden"][8] == 0).all()
+    if reduction == "none":
+        assert found["loss"][8] == 0
+    for name in ("loss", "hidden", "weight"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ignored_rows_may_hold_anything(backend: tuple[str, str]) -> None:
+    case = make_case((6, 5, 7), bias=True)
+    hidden = case.hidden.clone()
+    hidden[case.labels == -100] = torch.nan
+    expected, expected_stats = run(case, backend)
+    found, stats = run(Case(hidden, case.weight, case.labels, case.cu_seqlens, case.bias), backend)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    for value, other in zip(stats, expected_stats, strict=True):
+        assert torch.equal(value, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_upstream_gradient_is_exactly_zero(backend: tuple[str, str]) -> None:
+    """Also for a token whose nll is inf, and per token under reduction "none"."""
+    _, broken = clean_and_broken(8, torch.nan)
+    found, _ = run(broken, backend, torch.tensor(0.0))
+    assert (found["hidden"] == 0).all() and (found["weight"] == 0).all()
+
+    upstream = torch.ones(18)
+    upstream[8] = 0
+    found, _ = run(broken.with_options(reduction="none"), backend, upstream)
+    assert (found["hidden"][8] == 0).all() and found["weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_of_minus_infinity(backend: tuple[str, str]) -> None:
+    """A word that a bias of -inf forbids: probability 0 for the others' tokens, a loss of inf for its own."""
+    case = make_case((6, 5), ignored=0, bias=True, reduction="none")
+    assert case.bias is not None
+    case.bias[3] = -torch.inf
+    case.labels[:] = 7
+    found, stats = run(case, backend)
+    truth = run_plain(case, torch.float64)
+    for name in ("loss", "hidden", "weight", "bias"):
+        torch.testing.assert_close(found[name], truth[name], rtol=1e-5, atol=1e-6)
+    assert found["bias"][3] == 0 and stats.grad_norm_sq.isfinite().all()
+
+    case.labels[2] = 3
+    found, stats = run(case, backend)
+    assert found["loss"][2] == torch.inf and stats.loss.tolist()[0] == torch.inf
+    assert found["hidden"].isfinite().all() and stats.logit_grad_sq.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [131, -1, -(2**62), 2**62])
+def test_labels_out_of_range(backend: tuple[str, str], bad: int) -> None:
+    case = make_case((6, 5, 7), ignored=0)
+    _, expected = run(case, backend)
+    bad_label_count(reset=True)
+    case.labels[8] = bad
+    found, stats = run(case, backend)
+    assert bad_label_count() == 1
+    run(case.with_options(reduction="sum"), backend)
+    assert bad_label_count(reset=True) == 2 and bad_label_count() == 0
+    assert found["loss"].isnan() and stats.loss[1].isnan() and stats.grad_norm_sq[1].isnan()
+    for value, other in zip(stats, expected, strict=True):
+        torch.testing.assert_close(others(value), others(other), rtol=1e-6, atol=0)
+    assert stats.num_tokens.tolist() == [6, 5, 7]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sample_mean", "sum", "none"])
+@pytest.mark.parametrize("lengths", [(0,), (0, 0, 0), (4, 3)], ids=["no-tokens", "empty-samples", "all-ignored"])
+def test_nothing_supervised(backend: tuple[str, str], reduction: str, lengths: tuple[int, ...]) -> None:
+    case = make_case(lengths, bias=True, reduction=reduction)
+    case.labels[:] = -100
+    found, stats = run(case, backend)
+    for name, value in found.items():
+        assert (value == 0).all(), name
+    assert all((value == 0).all() and value.shape == (len(lengths),) for value in stats)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_samples_at_all(backend: tuple[str, str]) -> None:
+    case = make_case(())
+    found, stats = run(case, backend)
+    assert found["loss"] == 0 and all(value.shape == (0,) for value in stats)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_num_items_of_0_without_supervised_tokens(backend: tuple[str, str]) -> None:
+    case = make_case((4, 3), num_items=torch.tensor(0))
+    case.labels[:] = -100
+    found, _ = run(case, backend)
+    assert found["loss"] == 0 and (found["hidden"] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_levels_of_statistics(backend: tuple[str, str]) -> None:
+    case = make_case((6, 0, 7))
+    found, stats = run(case, backend)
+    name, device = backend
+    given = case.at(torch.float32, device)
+    only_loss = linear_cross_entropy(**given, stats="loss", backend=name)
+    none = linear_cross_entropy(**given, stats=None, backend=name)
+    assert none.samples is None and only_loss.samples is not None
+    assert none.loss.item() == only_loss.loss.item() == found["loss"].item()
+    losses = SampleStats(*(value.double().cpu() for value in only_loss.samples))
+    assert torch.equal(losses.loss, stats.loss) and torch.equal(losses.num_tokens, stats.num_tokens)
+    assert losses.grad_norm_sq[[0, 2]].isnan().all() and losses.grad_norm_sq[1] == 0
+    gradient = torch.autograd.grad(only_loss.loss, given["hidden"])[0]
+    assert torch.equal(gradient.double().cpu(), found["hidden"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stats", ["all", "loss", None])
+def test_without_gradients(backend: tuple[str, str], stats: str | None) -> None:
+    """Evaluation: no graph, and the same numbers."""
+    case = make_case()
+    name, device = backend
+    given = case.at(torch.float32, device)
+    with_graph = linear_cross_entropy(**given, stats=stats, backend=name)  # type: ignore[arg-type]
+    with torch.no_grad():
+        out = linear_cross_entropy(**given, stats=stats, backend=name)  # type: ignore[arg-type]
+    assert not out.loss.requires_grad and torch.equal(out.loss, with_graph.loss)
+    if out.samples is not None and with_graph.samples is not None:
+        assert not any(value.requires_grad for value in with_graph.samples)
+        for value, other in zip(out.samples, with_graph.samples, strict=True):
+            assert torch.equal(value.nan_to_num(-1), other.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_any_part_may_be_frozen(backend: tuple[str, str], trained: tuple[str, ...], reduction: str) -> None:
+    case = make_case(bias=True, reduction=reduction)
+    expected, _ = run(case, backend)
+    name, device = backend
+    given = case.at(torch.float32, device)
+    for leaf in ("hidden", "weight", "bias"):
+        given[leaf].requires_grad_(leaf in trained)
+    out = linear_cross_entropy(**given, backend=name)
+    gradients = torch.autograd.grad(out.loss, [given[leaf] for leaf in trained], torch.ones_like(out.loss))
+    for leaf, gradient in zip(trained, gradients, strict=True):
+        torch.testing.assert_close(gradient.double().cpu(), expected[leaf], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.id != "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_are_bitwise_equal(backend: tuple[str, str], dtype: torch.dtype) -> None:
+    case = make_case((300, 40, 5, 200), 64, 1000, bias=True, dtype=dtype)
+    first, first_stats = run(case, backend)
+    for _ in range(2):
+        again, again_stats = run(case, backend)
+        assert all(torch.equal(again[name], value) for name, value in first.items())
+        assert all(torch.equal(a, b) for a, b in zip(again_stats, first_stats, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.id != "reference"])
+def test_more_than_2_31_logits(backend: tuple[str, str]) -> None:
+    """T * V = 2.3e9: every token's loss and gradient where a 32-bit offset would have wrapped, and the count of tokens."""
+    tokens, width, vocab = 9_000, 2, 256_000
+    hidden, weight = torch.randn(tokens, width), torch.randn(vocab, width)
+    labels = torch.randint(vocab, (tokens,))
+    name, device = backend
+    leaf = hidden.to(device).requires_grad_()
+    out = linear_cross_entropy(leaf, weight.to(device), labels.to(device), reduction="none", backend=name)
+    gradient = torch.autograd.grad(out.loss, leaf, torch.ones_like(out.loss))[0]
+    last = slice(tokens - 5, tokens)
+    case = Case(
+        hidden[last].double(), weight.double(), labels[last], torch.tensor([0, 5]), options={"reduction": "none"}
+    )
+    truth = run_plain(case, torch.float64)
+    torch.testing.assert_close(out.loss[last].double().cpu(), truth["loss"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient[last].double().cpu(), truth["hidden"], rtol=1e-3, atol=1e-4)
+    assert out.samples is not None and out.samples.num_tokens.item() == tokens
+    assert plain_stats(case, torch.float64).num_tokens.item() == 5
