@@ -1,0 +1,162 @@
+"""The command line: `lead-fast demo | prepare | train | report | doctor`; every option also from a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lead_fast import __version__
+from lead_fast.config import LeadConfig, PrepareConfig, TrainConfig, read_yaml
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "int | None": int,
+    "float | None": float,
+    "str | None": str,
+}
+
+
+def _int_or_float(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def add_options(parser: argparse.ArgumentParser, configs: Sequence[type], hide: Sequence[str] = ()) -> None:
+    """Adds every field of the dataclasses as an option; what is not given on the command line stays absent."""
+    for config in configs:
+        group = parser.add_argument_group(config.__name__)
+        for field in dataclasses.fields(config):
+            if field.name in hide:
+                continue
+            flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
+            default = "" if field.default is None else f" (default: {field.default})"
+            common: dict[str, Any] = {
+                "dest": field.name,
+                "default": argparse.SUPPRESS,
+                "help": (help + default).replace("%", "%%"),
+            }
+            kind = str(field.type)
+            if kind.startswith("bool"):
+                group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+                continue
+            parse = _int_or_float if kind == "int | float" else _PARSERS[kind]
+            metavar = None if field.metadata["choices"] else field.name.upper()
+            group.add_argument(flag, type=parse, choices=field.metadata["choices"], metavar=metavar, **common)
+
+
+def make_configs(options: dict[str, Any], *configs: type) -> list[Any]:
+    """Instances of the dataclasses from one flat mapping.
+
+    Raises:
+        ValueError: an option that none of them has.
+    """
+    names = {f.name for config in configs for f in dataclasses.fields(config)}
+    unknown = sorted(set(options) - names)
+    if unknown:
+        raise ValueError(f"config: unknown option {', '.join(unknown)}")
+    return [config(**{f.name: options[f.name] for f in dataclasses.fields(config) if f.name in options}) for config in configs]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lead-fast",
+        description="Chooses instruction-tuning samples while the model trains (LEAD, arXiv 2505.07437).",
+    )
+    parser.add_argument("--version", action="version", version=f"lead-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, configs: Sequence[type] = ()) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument("-v", "--verbose", action="store_true", default=False, help="log more")
+        if configs:
+            sub.add_argument("--config", metavar="FILE", help="YAML file with any of these options; the command line wins")
+            add_options(sub, configs)
+        return sub
+
+    demo = command("demo", "train a tiny model with LEAD and with random selection on a generated pool, and compare")
+    demo.add_argument("--out", default="demo-run", help="folder that the demo writes (default: demo-run)")
+    demo.add_argument("--seeds", type=int, default=3, help="seeds for each method (default: 3)")
+    demo.add_argument("--rows", type=int, default=4000, help="rows of the generated pool (default: 4000)")
+    demo.add_argument("--train-tokens", type=int, default=60_000, help="trained tokens of each run (default: 60000)")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in the folder")
+    command(
+        "prepare",
+        "warm-up, difficulty and clusters alone: writes a pool that `train` takes",
+        (PrepareConfig, LeadConfig),
+    )
+    command("train", "fine-tune a model with LEAD: warm-up, difficulty, clusters, rounds, report", (TrainConfig, LeadConfig))
+    report = command("report", "write report.html of a run again")
+    report.add_argument("run", help="folder of a run")
+    command("doctor", "what this machine will use, and what is missing")
+    return parser
+
+
+def _configs(arguments: argparse.Namespace, *configs: type) -> list[Any]:
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "config", "verbose")}
+    options = read_yaml(arguments.config) if arguments.config else {}
+    return make_configs(options | given, *configs)
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    # Imported here: the help of a command must not wait for torch and transformers.
+    if arguments.command == "doctor":
+        from lead_fast.doctor import examine
+
+        return examine()
+    if arguments.command == "report":
+        from lead_fast.report import write_run_report
+
+        return {"report": str(write_run_report(arguments.run))}
+    if arguments.command == "demo":
+        from lead_fast.demo import run_demo
+
+        return run_demo(arguments.out, num_seeds=arguments.seeds, num_rows=arguments.rows,
+                        train_tokens=arguments.train_tokens, overwrite=arguments.overwrite)  # fmt: skip
+    from lead_fast.run import run_prepare, run_train
+
+    if arguments.command == "prepare":
+        return run_prepare(*_configs(arguments, PrepareConfig, LeadConfig))
+    return run_train(*_configs(arguments, TrainConfig, LeadConfig))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; the last line on stdout is a JSON summary, everything else goes to stderr.
+
+    Returns:
+        0; 1 for an error that the user can mend; 130 after Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.verbose else logging.INFO,
+        format="%(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    for noisy in ("httpx", "accelerate", "torch", "matplotlib", "fontTools", "urllib3", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        summary = _run(arguments)
+    except KeyboardInterrupt:
+        print("lead-fast: interrupted; finished stages are kept, go on with --resume", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        if arguments.verbose:
+            raise
+        print(f"lead-fast: error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

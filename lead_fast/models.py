@@ -1,0 +1,339 @@
+"""The only place that touches a transformers model: packed attention, hidden states out, the LM head, LoRA."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import AttentionInterface
+
+from lead_fast.ops import LinearCrossEntropyOutput, Reduction, Stats, linear_cross_entropy
+from lead_fast.packing import PackedBatch
+
+logger = logging.getLogger(__name__)
+
+PER_SAMPLE_ATTENTION = "lead_fast_per_sample"
+
+# Models that need no download: a Llama with tied embeddings; (vocabulary, hidden, layers, heads, KV heads, MLP).
+MODEL_SIZES = {
+    "tiny": dict(vocab_size=2048, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                 intermediate_size=352),
+    "small": dict(vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
+                  intermediate_size=704),
+}  # fmt: skip
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+# Attention
+
+
+def per_sample_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each packed sample: cost grows with the sum of squared lengths, not the square of the sum.
+
+    Args:
+        query: [1, heads, T, D]; key, value: [1, KV heads, T, D].
+        cu_seq_lens_q: int32 [S + 1], sample boundaries; None is one sample.
+        sliding_window: keys a query sees, itself included; None is all before it.
+        softcap: cap * tanh(scores / cap) before the softmax.
+
+    Returns:
+        [1, T, heads, D], and None for the weights.
+    """
+    bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    outputs = []
+    for start, end in pairwise(bounds):
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        window = sliding_window if sliding_window is not None and sliding_window < end - start else None
+        if softcap is None:
+            mask = None if window is None else _window_mask(end - start, window, query.device)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    attn_mask=mask,
+                    dropout_p=dropout,
+                    is_causal=mask is None,
+                    scale=scaling,
+                    enable_gqa=q.shape[1] != k.shape[1],
+                )
+            )
+        else:
+            outputs.append(_softcapped_attention(q, k, v, softcap, scaling, window, dropout))
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    return (distance >= 0) & (distance < (length if window is None else window))
+
+
+def _softcapped_attention(
+    q: Tensor, k: Tensor, v: Tensor, softcap: float, scaling: float | None, window: int | None, dropout: float
+) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_window_mask(q.shape[2], window, q.device), -torch.inf)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+AttentionInterface.register(PER_SAMPLE_ATTENTION, per_sample_attention)
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """The attention that packed batches use here: flash-attn on a GPU in half precision when installed, else per sample."""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and find_spec("flash_attn") is not None:
+        return "flash_attention_2"
+    if device.type == "cuda":
+        logger.warning("flash-attn is not used (installed: %s, dtype %s): attention runs sample by sample",
+                       find_spec("flash_attn") is not None, dtype)  # fmt: skip
+    return PER_SAMPLE_ATTENTION
+
+
+# The LM head
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head of a model: logits = softcap(logit_scale * (weight @ h + bias))."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+
+
+def lm_head(model: PreTrainedModel) -> Head:
+    """The head that the fused loss computes in the model's place.
+
+    Raises:
+        ValueError: a head that it cannot serve: none, adapters on it, sharded or quantized weights.
+    """
+    head = model.get_output_embeddings()
+    name = type(model).__name__
+    if head is None:
+        raise ValueError(f"lm_head: `model` must have an LM head, got {name} without output embeddings")
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"lm_head: the head of {name} must be a plain nn.Linear without adapter, got "
+            f"{type(head).__module__}.{type(head).__name__}; take it out of the LoRA target modules or modules_to_save"
+        )
+    weight = head.weight
+    if type(weight.data).__name__ == "DTensor" or weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"lm_head: the head weight of {name} must be one whole floating point [V, H] tensor, "
+            f"got {type(weight.data).__name__} {weight.dtype} {list(weight.shape)}"
+        )
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    if getattr(config, "logits_scaling", None):
+        scale /= float(config.logits_scaling)
+    return Head(weight, getattr(head, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Compares the head that the fused loss will compute with the model's own logits on four tokens.
+
+    Raises:
+        ValueError: they differ: the model does something to its logits that `lm_head` does not know.
+    """
+    was_training = model.training
+    model.eval()
+    embedding = _embedding(model)
+    ids = torch.arange(4, device=embedding.device)[None] % len(embedding)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    head = lm_head(model)
+    logits = F.linear(hidden, head.weight.to(hidden.dtype), head.bias) * head.logit_scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    own = model(input_ids=ids, use_cache=False).logits
+    model.train(was_training)
+    tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
+    if not torch.allclose(logits.float(), own.float(), rtol=tolerance, atol=tolerance * float(own.float().abs().max())):
+        raise ValueError(
+            f"check_head: {type(model).__name__} computes its logits in a way that the fused loss does not know "
+            f"(largest difference {float((logits.float() - own.float()).abs().max()):.3g}); it cannot be served"
+        )
+
+
+class PackedModel(nn.Module):
+    """A causal LM behind one call: packed batch in, loss and per-sample statistics out, logits never formed.
+
+    Args:
+        model: a transformers causal LM, or a peft model around one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        check_head(self.causal_lm)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model itself, inside an adapter's wrapper where there is one."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # pyright: ignore
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states of a packed batch, [T, H]."""
+        output = self.causal_lm.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_length,
+            max_length_k=batch.max_length,
+        )
+        return output.last_hidden_state[0]
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        reduction: Reduction = "mean",
+        num_items: int | Tensor | None = None,
+        stats: Stats | None = "all",
+    ) -> LinearCrossEntropyOutput:
+        """Loss and statistics of a packed batch; arguments as in `lead_fast.linear_cross_entropy`."""
+        return self.loss(self.hidden(batch), batch, reduction=reduction, num_items=num_items, stats=stats)
+
+    def loss(
+        self,
+        hidden: Tensor,
+        batch: PackedBatch,
+        *,
+        reduction: Reduction = "mean",
+        num_items: int | Tensor | None = None,
+        stats: Stats | None = "all",
+    ) -> LinearCrossEntropyOutput:
+        """The fused loss of hidden states [T, H] already computed."""
+        head = lm_head(self.causal_lm)
+        return linear_cross_entropy(
+            hidden, head.weight, batch.labels, batch.cu_seqlens, bias=head.bias, softcap=head.softcap,
+            logit_scale=head.logit_scale, reduction=reduction, num_items=num_items, token_index=batch.token_index,
+            stats=stats,
+        )  # fmt: skip
+
+
+# Loading, building, saving
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name."""
+    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal LM from a model folder or hub name, with packed attention.
+
+    Raises:
+        ValueError: it is no causal LM whose head the fused loss can serve.
+    """
+    with _quiet_transformers():
+        model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
+    return prepare_model(model.to(device))
+
+
+def build_model(size: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, device: torch.device) -> PreTrainedModel:
+    """A Llama of `MODEL_SIZES` with random weights from `seed`, for the tokenizer's vocabulary, fp32."""
+    shape = MODEL_SIZES[size] | {"vocab_size": len(tokenizer)}
+    config = AutoConfig.for_model(
+        "llama", **shape, max_position_embeddings=2048, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return prepare_model(model.to(device))
+
+
+def _embedding(model: PreTrainedModel) -> Tensor:
+    """The input embedding's weight, [V, H]: where the model lives, and in what precision."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Sets packed attention."""
+    weight = _embedding(model)
+    model.set_attn_implementation(choose_attention(weight.device, weight.dtype))
+    return model
+
+
+def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, seed: int) -> nn.Module:
+    """LoRA adapters on the linear layers of attention and MLP, through peft; initial weights from `seed`."""
+    from peft import LoraConfig, get_peft_model
+
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets = [name for name in LORA_TARGETS if name in names] or "all-linear"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # peft scales by alpha / r; its annotation asks for an int, its code does not.
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
+        return get_peft_model(model, config)
+
+
+def load_lora(model: PreTrainedModel, path: str | Path) -> nn.Module:
+    """A model with the adapters of `path`, to be trained further."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(path), is_trainable=True)
+
+
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes weights (or adapters) and tokenizer as transformers and peft load them, safetensors only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    implementation = causal.config._attn_implementation
+    causal.set_attn_implementation("sdpa")  # what is loaded elsewhere must not name this package's attention
+    try:
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+    finally:
+        causal.set_attn_implementation(implementation)
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that training changes, in the model's own order."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+class _quiet_transformers:
+    """Hides transformers' own weight-loading bars: this package shows its own."""
+
+    def __enter__(self) -> None:
+        self._enabled = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        if self._enabled:
+            transformers.utils.logging.enable_progress_bar()

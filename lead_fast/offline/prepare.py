@@ -1,0 +1,266 @@
+"""From a raw pool to one that LEAD can choose from: model, warm-up, scores, clusters, each stage kept on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lead_fast.config import LeadConfig, PrepareConfig
+from lead_fast.files import atomic_path, write_json
+from lead_fast.models import PackedModel, add_lora, load_lora, load_model, load_tokenizer, save_model
+from lead_fast.offline.clustering import difficulty_arms, fine_tasks
+from lead_fast.offline.pretrain import pretrained_model
+from lead_fast.offline.scoring import Scores, score_pool
+from lead_fast.offline.warmup import warm_up
+from lead_fast.packing import ChatEncoder
+from lead_fast.pool import Pool
+from lead_fast.trainer import make_accelerator
+
+logger = logging.getLogger(__name__)
+
+PREPARED_FILE = "prepare.json"
+_UNUSED_PROMPT = 0.95
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pool with arms, tasks and first utilities, and the model that training starts from.
+
+    Attributes:
+        pool: ready for `LeadEngine`.
+        base: transformers model folder or hub name.
+        start: adapters or weights after the warm-up; None starts from `base` itself.
+        summary: what the stages found and cost, as written to prepare.json.
+    """
+
+    pool: Pool
+    base: str
+    start: Path | None
+    summary: dict[str, Any]
+
+    def model(self, config: PrepareConfig, *, seed: int) -> nn.Module:
+        """The model that training starts from, trainable as `config.tuning` says."""
+        if config.tuning == "full":
+            return load_base(str(self.start or self.base), config)
+        base = load_base(self.base, config)
+        if self.start is not None:
+            return load_lora(base, self.start)
+        return add_lora(base, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
+
+    def tokenizer(self, config: PrepareConfig) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
+        return load_tokenizer(self.base, trust_remote_code=config.trust_remote_code)
+
+
+def load_base(path: str, config: PrepareConfig) -> PreTrainedModel:
+    """Loads a model in the run's precision: half for a frozen base, fp32 for weights that are trained."""
+    accelerator = make_accelerator(config)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(accelerator.mixed_precision))
+    dtype = half if half is not None and config.tuning == "lora" else torch.float32
+    return load_model(path, dtype=dtype, device=accelerator.device, trust_remote_code=config.trust_remote_code)
+
+
+class Stages:
+    """Folders that are whole or absent, each with the key of what made it.
+
+    A stage whose key has changed (its options, its input, or a stage before it) is made again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def key(self, name: str, **settings: Any) -> str:
+        text = json.dumps({"stage": name, **settings}, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def done(self, name: str, key: str) -> bool:
+        path = self.folder / name / "stage.json"
+        return path.exists() and json.loads(path.read_text())["key"] == key
+
+    @contextmanager
+    def write(self, name: str, key: str, **notes: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """A temporary folder and a dict of notes; both land when the block ends without an error."""
+        start = time.perf_counter()
+        with atomic_path(self.folder / name) as temporary:
+            temporary.mkdir(parents=True)
+            yield temporary, notes
+            notes["seconds"] = round(time.perf_counter() - start, 3)
+            (temporary / "stage.json").write_text(json.dumps({"key": key, **notes}, indent=2))
+
+    def notes(self, name: str) -> dict[str, Any]:
+        return json.loads((self.folder / name / "stage.json").read_text())
+
+
+def load_prepared(folder: Path) -> Prepared:
+    """What `prepare` wrote to `folder`."""
+    summary = json.loads((folder / PREPARED_FILE).read_text())
+    start = folder / "start"
+    return Prepared(Pool.load(folder / "pool"), summary["base"], start if start.exists() else None, summary)
+
+
+def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -> Prepared:
+    """Runs the offline stages into `folder`; stages found there with the same inputs are not run again.
+
+    Args:
+        pool: a raw pool. One that already has arms and first utilities (the official LEAD pool) is taken as it is.
+        config: model, warm-up, clusters.
+        lead: seed, and what becomes of rows with difficulty above 1.
+        folder: gets model/ (with `model_config`), start/, scores/, pool/ and prepare.json.
+    """
+    stages, lead = Stages(folder), lead.resolve()
+    summary: dict[str, Any] = {"rows_read": len(pool), "rows_rejected": pool.num_rejected}
+    base, pool = _base_model(pool, config, lead.seed, stages, summary)
+    summary["base"] = base
+    if pool.arm is not None and pool.utility is not None:
+        logger.info("the pool brings arms and first utilities: no warm-up, no scoring")
+        prepared_pool, start = pool, None
+    else:
+        tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
+        encoder = ChatEncoder(tokenizer, config.max_length)
+        start = folder / "start"
+        key = _warm_up(pool, encoder, base, config, lead.seed, stages, summary)
+        key = _score(pool, encoder, base, config, lead.seed, stages, key, summary)
+        prepared_pool = _cluster(pool, config, lead, stages, key, summary)
+    summary["rows"] = len(prepared_pool)
+    summary["rows_aside"] = int(prepared_pool.aside.sum())
+    with atomic_path(folder / "pool") as temporary:
+        prepared_pool.save(temporary)
+    write_json(folder / PREPARED_FILE, summary)
+    return Prepared(prepared_pool, base, start, summary)
+
+
+def _base_model(pool: Pool, config: PrepareConfig, seed: int, stages: Stages, summary: dict[str, Any]) -> tuple[str, Pool]:
+    """The base model's path, and the pool without the rows that pretrained it."""
+    if config.model_config is None:
+        assert config.model is not None
+        return config.model, pool
+    order = np.random.default_rng(seed).permutation(len(pool))
+    count = max(1, round(config.pretrain_share * len(pool)))
+    if count >= len(pool):
+        raise ValueError(f"pretrain_share: {len(pool)} rows leave none for the pool after {count} for pretraining")
+    text, rest = np.sort(order[:count]), np.sort(order[count:])
+    start = time.perf_counter()
+    cached = pretrained_model(list(pool.iter_messages(text)), config, seed=seed)
+    key = stages.key("model", source=cached.name)
+    if not stages.done("model", key):
+        with stages.write("model", key, rows=count) as (folder, notes):
+            shutil.copytree(cached, folder, dirs_exist_ok=True)
+            notes["pretraining_seconds"] = round(time.perf_counter() - start, 3)
+    summary["pretraining"] = {"rows": count, "seconds": stages.notes("model")["pretraining_seconds"]}
+    return str((stages.folder / "model").resolve()), pool.subset(rest)
+
+
+def _model_settings(config: PrepareConfig) -> dict[str, Any]:
+    names = ("tuning", "lora_rank", "lora_alpha", "weight_decay", "max_grad_norm", "step_tokens", "accumulation",
+             "precision", "max_length")  # fmt: skip
+    return {name: getattr(config, name) for name in names} | {"learning_rate": config.peak_learning_rate}
+
+
+def _warm_up(
+    pool: Pool,
+    encoder: ChatEncoder,
+    base: str,
+    config: PrepareConfig,
+    seed: int,
+    stages: Stages,
+    summary: dict[str, Any],
+) -> str:
+    count = max(1, round(config.warmup_share * len(pool))) if config.warmup_share > 0 else 0
+    source = stages.notes("model")["key"] if config.model_config else base
+    key = stages.key("start", base=source, pool=pool.fingerprint, rows=count, seed=seed, **_model_settings(config))
+    if not stages.done("start", key):
+        rows = np.sort(np.random.default_rng([seed, 1]).permutation(len(pool))[:count])
+        shuffled = np.random.default_rng([seed, 2]).permutation(rows)
+        samples = list(encoder.encode(pool.iter_messages(shuffled)))
+        model: nn.Module = load_base(base, config)
+        if config.tuning == "lora":
+            model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
+        with stages.write("start", key, rows=rows.tolist(), tokens=sum(map(len, samples))) as (folder, notes):
+            notes["loss"] = warm_up(model, samples, config) if samples else None
+            save_model(model, encoder.tokenizer, folder)
+    notes = stages.notes("start")
+    summary["warmup"] = {"rows": len(notes["rows"]), **{k: notes[k] for k in ("tokens", "loss", "seconds")}}
+    return key
+
+
+def _score(
+    pool: Pool, encoder: ChatEncoder, base: str, config: PrepareConfig, seed: int, stages: Stages, previous: str,
+    summary: dict[str, Any],
+) -> str:  # fmt: skip
+    key = stages.key("scores", previous=previous)
+    if not stages.done("scores", key):
+        start = stages.folder / "start"
+        model = load_base(str(start), config) if config.tuning == "full" else load_lora(load_base(base, config), start)
+        device = make_accelerator(config).device
+        encoder.cuts = type(encoder.cuts)(max_length=config.max_length)
+        samples = encoder.encode(pool.iter_messages())
+        scores = score_pool(PackedModel(model), samples, len(pool), pack_tokens=config.pack_tokens, device=device, seed=seed)
+        with stages.write("scores", key, tokens=scores.tokens, cuts=dataclasses.asdict(encoder.cuts)) as (folder, _):
+            arrays = {f.name: getattr(scores, f.name) for f in dataclasses.fields(Scores) if f.name != "tokens"}
+            save_file(arrays, folder / "scores.safetensors")
+        if encoder.cuts.prompts or encoder.cuts.answers:
+            logger.warning("%s", encoder.cuts)
+    notes = stages.notes("scores")
+    summary["scoring"] = {k: notes[k] for k in ("tokens", "cuts", "seconds")}
+    return key
+
+
+def _cluster(
+    pool: Pool, config: PrepareConfig, lead: LeadConfig, stages: Stages, previous: str, summary: dict[str, Any]
+) -> Pool:
+    """Arms and tasks from the scores; what becomes of rows whose prompt does not help."""
+    scores = load_file(stages.folder / "scores" / "scores.safetensors")
+    difficulty = scores["difficulty"].copy()
+    broken = ~np.isfinite(difficulty) | ~np.isfinite(scores["utility"])
+    hard = (difficulty > 1.0) & ~broken
+    median = float(np.median(difficulty[~broken])) if (~broken).any() else float("nan")
+    summary["difficulty"] = {"median": median, "above_1": int(hard.sum()), "not_finite": int(broken.sum())}
+    logger.info("difficulty: median %.3f, %d of %d rows above 1 (the prompt does not help)", median, hard.sum(), len(pool))
+    if broken.any():
+        logger.warning("%d rows have a loss that is not finite: set aside", broken.sum())
+    if not median < _UNUSED_PROMPT:
+        logger.warning(
+            "median difficulty %.3f: the model hardly uses the prompt yet (0.95 and more mean that knowing the question barely"
+            " helps with the answer), so arms by difficulty mean little; warm up longer, or start from a better model", median,
+        )  # fmt: skip
+    if lead.hard_rows == "zero":
+        difficulty[hard] = 0.0
+    aside = broken | hard if lead.hard_rows == "aside" else broken
+    if aside.all():
+        logger.warning("no row has a difficulty of at most 1: none is set aside")
+        aside = broken
+    difficulty[broken] = 0.0
+    arm = np.zeros(len(pool), np.int16)
+    arm[~aside] = difficulty_arms(difficulty[~aside], config.num_arms, seed=lead.seed)
+    arm[aside] = arm[~aside].max(initial=0)  # never selected; shown with the hardest rows
+    embedding = np.nan_to_num(scores["embedding"])
+    task = pool.task if pool.task is not None else fine_tasks(arm, embedding, config.tasks_per_arm, seed=lead.seed)
+    summary["arms"] = [
+        {"arm": k, "rows": int(((arm == k) & ~aside).sum()), "tasks": len(np.unique(task[(arm == k) & ~aside])),
+         "mean_difficulty": float(difficulty[(arm == k) & ~aside].mean())}
+        for k in range(int(arm.max()) + 1)
+    ]  # fmt: skip
+    return pool.with_arrays(
+        arm=arm, task=task.astype(np.int32), utility=np.where(broken, 0, scores["utility"]).astype(np.float32),
+        difficulty=difficulty.astype(np.float32), num_tokens=scores["num_tokens"], aside=aside,
+    )  # fmt: skip
+
+
+def encoded_rows(encoder: ChatEncoder, pool: Pool, rows: Iterable[int]) -> list[Any]:
+    """Tokenized samples of rows of the pool, in the order given."""
+    return list(encoder.encode(pool.iter_messages(np.asarray(list(rows), np.int64))))

@@ -1,0 +1,101 @@
+"""One packed forward pass over the pool: difficulty, first utility, lengths and prompt embeddings (section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lead_fast.models import PackedModel
+from lead_fast.packing import PackedBatch, Sample, pack
+
+EMBEDDING_SIZE = 128
+# Below this mean nll (nats) the answer alone is known by heart and its ratio says nothing: D = 1.
+_ALONE_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per row of the pool.
+
+    Attributes:
+        utility: L(answer | prompt), the first utility, fp32 [N].
+        difficulty: L(answer | prompt) / L(answer alone) (IFD), fp32 [N]; above 1 the prompt does not help.
+        num_tokens: tokens of the packed sample, int32 [N].
+        embedding: mean of the prompt's last hidden states, randomly projected, fp16 [N, 128].
+        tokens: all tokens of the pass, answers alone included.
+    """
+
+    utility: np.ndarray
+    difficulty: np.ndarray
+    num_tokens: np.ndarray
+    embedding: np.ndarray
+    tokens: int
+
+
+@torch.no_grad()
+def score_pool(
+    model: PackedModel, samples: Iterable[Sample], num_rows: int, *, pack_tokens: int, device: torch.device, seed: int
+) -> Scores:
+    """Scores every sample; each brings two sequences into the same batch, [prompt answer] and [answer].
+
+    Args:
+        model: the warm-up model; put into evaluation mode.
+        samples: the pool, in row order.
+        num_rows: N.
+        pack_tokens: tokens of a forward pass.
+        seed: of the embedding's projection.
+    """
+    model.eval()
+    size = model.causal_lm.config.get_text_config().hidden_size
+    generator = torch.Generator().manual_seed(seed)
+    projection = torch.randn(size, EMBEDDING_SIZE, generator=generator).to(device) / EMBEDDING_SIZE**0.5
+    utility, alone, num_tokens, embedding, tokens = [], [], [], [], 0
+    with tqdm(total=num_rows, desc="scoring the pool", unit="row", delay=2) as bar:
+        for pairs in _paired_batches(samples, pack_tokens):
+            batch = pack(pairs).to(device)
+            hidden = model.hidden(batch)
+            samples_out = model.loss(hidden, batch, stats="loss").samples
+            assert samples_out is not None
+            loss = samples_out.loss.float().cpu()
+            utility.append(loss[0::2])
+            alone.append(loss[1::2])
+            num_tokens += [len(s) for s in pairs[0::2]]
+            embedding.append((_prompt_means(hidden, pairs, batch) @ projection).half().cpu())
+            tokens += batch.num_tokens
+            bar.update(len(pairs) // 2)
+    first, second = torch.cat(utility), torch.cat(alone)
+    difficulty = torch.where(second > _ALONE_FLOOR, first / second.clamp_min(_ALONE_FLOOR), 1.0)
+    return Scores(first.numpy(), difficulty.numpy(), np.array(num_tokens, np.int32), torch.cat(embedding).numpy(), tokens)
+
+
+def _paired_batches(samples: Iterable[Sample], capacity: int) -> Iterator[list[Sample]]:
+    """[s0, s0 alone, s1, s1 alone, ...] in batches of at most `capacity` tokens, or one pair."""
+    batch: list[Sample] = []
+    used = 0
+    for sample in samples:
+        pair = [sample, sample.alone()]
+        tokens = len(pair[0]) + len(pair[1])
+        if batch and used + tokens > capacity:
+            yield batch
+            batch, used = [], 0
+        batch += pair
+        used += tokens
+    if batch:
+        yield batch
+
+
+def _prompt_means(hidden: Tensor, pairs: list[Sample], batch: PackedBatch) -> Tensor:
+    """Mean last hidden state of each full sample's prompt tokens, fp32 [R, H]."""
+    supervised = torch.from_numpy(np.concatenate([s.supervised for s in pairs])).to(hidden.device)
+    lengths = batch.cu_seqlens.diff().long()
+    sequence = torch.repeat_interleave(torch.arange(len(pairs), device=hidden.device), lengths)
+    weight = (~supervised).float()
+    sums = hidden.new_zeros(len(pairs), hidden.shape[1], dtype=torch.float32)
+    sums.index_add_(0, sequence, hidden.float() * weight[:, None])
+    counts = torch.zeros(len(pairs), device=hidden.device).index_add_(0, sequence, weight)
+    return (sums / counts.clamp_min(1.0)[:, None])[0::2]

@@ -1,0 +1,293 @@
+"""From messages to packed batches: chat template, label masks, variable-length packing with sample rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+
+Messages = list[dict[str, str]]
+
+# For tokenizers that bring no chat template. Saved with the tokenizer, so that inference renders the same text.
+PLAIN_TEMPLATE = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ '### Assistant:\n' }}{% generation %}{{ message['content'] + (eos_token or '') }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ '### ' + message['role'].capitalize() + ':\n' + message['content'] + '\n\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenized conversation.
+
+    Attributes:
+        input_ids: int64 [n].
+        supervised: bool [n], tokens of assistant turns: the targets of the loss.
+        keep_alone: bool [n], tokens of the same answer without its prompt: BOS, assistant headers, assistant turns.
+        cut_prompt, cut_answer: tokens removed to fit `max_length`.
+    """
+
+    input_ids: np.ndarray
+    supervised: np.ndarray
+    keep_alone: np.ndarray
+    cut_prompt: int = 0
+    cut_answer: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def alone(self) -> Sample:
+        """The answer without its prompt, for the denominator of the difficulty (section 2)."""
+        keep = self.keep_alone
+        return Sample(self.input_ids[keep], self.supervised[keep], keep[keep])
+
+
+@dataclass
+class CutCounts:
+    """How many samples lost tokens to `max_length`."""
+
+    samples: int = 0
+    prompts: int = 0
+    answers: int = 0
+    max_length: int = 0
+
+    def add(self, sample: Sample) -> None:
+        self.samples += 1
+        self.prompts += sample.cut_prompt > 0
+        self.answers += sample.cut_answer > 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.prompts:,} of {self.samples:,} samples had their prompt cut from the left to fit {self.max_length} tokens,"
+            f" {self.answers:,} also lost the end of their answer"
+        )
+
+
+class ChatEncoder:
+    """Tokenizes conversations so that only assistant turns are supervised.
+
+    Args:
+        tokenizer: a fast tokenizer; one without a chat template gets `PLAIN_TEMPLATE`.
+        max_length: tokens of a sample. A longer one loses prompt tokens from the left (after BOS), then the end of the
+            answer, never the assistant's header.
+
+    Raises:
+        ValueError: the tokenizer has no offsets (a slow tokenizer), or the template cannot be cut into turns.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(f"ChatEncoder: `tokenizer` must be a fast tokenizer, got {type(tokenizer).__name__}")
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = PLAIN_TEMPLATE
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.cuts = CutCounts(max_length=max_length)
+        self._one_turn_probe()
+
+    def encode(self, conversations: Iterable[Messages], batch_size: int = 512) -> Iterator[Sample]:
+        """Tokenizes conversations, in order.
+
+        Raises:
+            ValueError: a conversation whose rendered turns are no prefix of the whole, or without an answer token.
+        """
+        for chunk in _chunks(conversations, batch_size):
+            rendered = [self._render_spans(messages) for messages in chunk]
+            encoded = self.tokenizer(
+                [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True,
+                return_attention_mask=False,
+            )  # fmt: skip
+            for (_, spans), ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                sample = self._cut(_mark(np.asarray(ids, np.int64), np.asarray(offsets, np.int64).reshape(-1, 2), spans))
+                if self.tokenizer.bos_token_id is not None and len(ids) and ids[0] == self.tokenizer.bos_token_id:
+                    sample.keep_alone[0] = True
+                self.cuts.add(sample)
+                yield sample
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """The text of a conversation, as the tokenizer's chat template writes it."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        assert isinstance(text, str)
+        return text
+
+    def _render_spans(self, messages: Messages) -> tuple[str, list[tuple[int, int, int]]]:
+        """The text up to the last answer, and (header start, answer start, answer end) of each assistant turn."""
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+        if last < 0:
+            raise ValueError("ChatEncoder: `messages` must have an assistant turn, got none")
+        text = self.render(messages[: last + 1])
+        spans = []
+        for i, message in enumerate(messages[: last + 1]):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:i]) if i else ""
+            prompt = self.render(messages[:i], add_generation_prompt=True) if i else before
+            through = text if i == last else self.render(messages[: i + 1])
+            if not (text.startswith(prompt) and text.startswith(through.rstrip())):
+                raise ValueError(
+                    "ChatEncoder: the chat template rewrites earlier turns, so assistant turns cannot be located; "
+                    f"expected a prefix of the conversation up to turn {i}"
+                )
+            end = len(through.rstrip()) if i == last else len(through)
+            spans.append((min(len(before), len(prompt)), len(prompt), max(end, len(prompt))))
+        return text[: spans[-1][2]], spans
+
+    def _one_turn_probe(self) -> None:
+        text, spans = self._render_spans([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        if "b" not in text[spans[0][1] : spans[0][2]]:
+            raise ValueError("ChatEncoder: the chat template must render the assistant's content after its header")
+
+    def _cut(self, sample: Sample) -> Sample:
+        over = len(sample) - self.max_length
+        if over <= 0:
+            return sample
+        # Prompt tokens before the first header go first, from the left; a leading BOS stays.
+        start = int(sample.input_ids[0] == self.tokenizer.bos_token_id)
+        header = int(np.argmax(sample.keep_alone))
+        dropped = min(over, max(0, header - start))
+        keep = np.ones(len(sample), bool)
+        keep[start : start + dropped] = False
+        kept = np.flatnonzero(keep)[: self.max_length]
+        lost = int(sample.supervised.sum() - sample.supervised[kept].sum())
+        return Sample(sample.input_ids[kept], sample.supervised[kept], sample.keep_alone[kept], dropped, lost)
+
+
+def _mark(ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int, int]]) -> Sample:
+    """Masks from character spans: a token is supervised when it starts inside an answer."""
+    supervised, keep = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
+    start, width = offsets[:, 0], offsets[:, 1] - offsets[:, 0]
+    for header_start, answer_start, answer_end in spans:
+        answer = (start >= answer_start) & (start < answer_end) & (width > 0)
+        if not answer.any():
+            raise ValueError("ChatEncoder: an assistant turn has no token of its own after rendering")
+        supervised |= answer
+        keep |= (start >= header_start) & (start < answer_end)
+    return Sample(ids, supervised, keep)
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Samples back to back: no padding, boundaries in `cu_seqlens`. Tensors share a device.
+
+    Attributes:
+        input_ids: int64 [T].
+        position_ids: int64 [T], restarting at 0 in each sample.
+        labels: int64 [T], aligned: labels[t] is the target of position t; IGNORE_INDEX where none.
+        cu_seqlens: int32 [S + 1].
+        rows: int64 [S], each sample's row of the pool; -1 for none.
+        token_index: int64 [M], positions with a label, ascending.
+        max_length: tokens of the longest sample.
+        num_items: supervised positions M.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    rows: Tensor
+    token_index: Tensor
+    max_length: int
+    num_items: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **moved)
+
+
+def pack(samples: Sequence[Sample], rows: Sequence[int] | None = None) -> PackedBatch:
+    """Packs samples into one batch; `rows` gives each sample's row of the pool.
+
+    Raises:
+        ValueError: no sample, or not one row a sample.
+    """
+    if not samples:
+        raise ValueError("pack: `samples` must have at least one sample, got none")
+    if rows is not None and len(rows) != len(samples):
+        raise ValueError(f"pack: `rows` must have {len(samples)} entries, one a sample, got {len(rows)}")
+    lengths = np.array([len(s) for s in samples], np.int64)
+    ids = np.concatenate([s.input_ids for s in samples])
+    targets = np.where(np.concatenate([s.supervised for s in samples]), ids, IGNORE_INDEX)
+    ends = np.cumsum(lengths)
+    labels = np.full(len(ids), IGNORE_INDEX, np.int64)
+    labels[:-1] = targets[1:]
+    labels[ends - 1] = IGNORE_INDEX  # the next sample's first token is no target of this one
+    index = np.flatnonzero(labels != IGNORE_INDEX)
+    position = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(position),
+        labels=torch.from_numpy(labels),
+        cu_seqlens=torch.from_numpy(np.r_[0, ends].astype(np.int32)),
+        rows=torch.tensor([-1] * len(samples) if rows is None else list(rows), dtype=torch.int64),
+        token_index=torch.from_numpy(index),
+        max_length=int(lengths.max()),
+        num_items=len(index),
+    )
+
+
+def fill(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Splits samples, in order, into bins of at most `capacity` tokens; a longer sample has a bin of its own."""
+    bins: list[list[int]] = []
+    used = capacity + 1
+    for index, length in enumerate(lengths):
+        if used + length > capacity:
+            bins.append([])
+            used = 0
+        bins[-1].append(index)
+        used += length
+    return bins
+
+
+def balanced_fill(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """As `fill`, with the same number of bins but the smallest capacity that gives it: no nearly empty last bin."""
+    if not lengths:
+        return []
+    bins = fill(lengths, capacity)
+    low, high = min(max(lengths), capacity), capacity
+    while low < high:
+        middle = (low + high) // 2
+        trial = fill(lengths, middle)
+        if len(trial) <= len(bins):
+            bins, high = trial, middle
+        else:
+            low = middle + 1
+    return bins
+
+
+def split_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Splits samples, in order, into exactly `parts` runs of about equal tokens; a run may be empty."""
+    total, done = sum(lengths), 0
+    runs: list[list[int]] = [[] for _ in range(parts)]
+    for index, length in enumerate(lengths):
+        runs[min(parts - 1, int((done + length / 2) * parts / max(total, 1)))].append(index)
+        done += length
+    return runs

@@ -1,0 +1,220 @@
+"""A whole run: from a pool on disk to a folder with a fine-tuned model, what was chosen and why (`lead-fast train`)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lead_fast.config import LeadConfig, PrepareConfig, TrainConfig, to_yaml
+from lead_fast.engine import LeadEngine, Round
+from lead_fast.files import atomic_path, write_json, write_jsonl, write_text
+from lead_fast.models import save_model
+from lead_fast.offline.prepare import PREPARED_FILE, Prepared, encoded_rows, load_prepared, prepare
+from lead_fast.packing import ChatEncoder, Sample
+from lead_fast.pool import Pool
+from lead_fast.report import write_run_report
+from lead_fast.trainer import Optimization, TrainingRun, evaluate, make_accelerator, run_rounds, write_candidates
+from lead_fast.utility import estimator_class
+
+logger = logging.getLogger(__name__)
+
+
+class RunFolderError(ValueError):
+    """The output folder cannot be used as asked."""
+
+
+def claim_folder(path: str, *, resume: bool) -> Path:
+    """The output folder; refused when it holds something and the run does not resume."""
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"out: expected a folder, got the file {folder}")
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise RunFolderError(f"out: {folder} is not empty; name another folder, or go on in it with --resume")
+    return folder
+
+
+def open_inputs(config: PrepareConfig) -> Prepared | Pool:
+    """A prepared pool's folder, or a raw pool read and checked whole, before anything is written."""
+    for name in ("pool", "out"):
+        if getattr(config, name) is None:
+            raise ValueError(f"{name}: required")
+    assert config.pool is not None and config.out is not None
+    if (Path(config.pool) / PREPARED_FILE).exists():
+        return load_prepared(Path(config.pool))
+    if (config.model is None) == (config.model_config is None):
+        raise ValueError("model: expected exactly one of --model and --model-config")
+    rejects = f"{config.out.rstrip('/')}.rejects.jsonl" if config.on_bad_row == "skip" else None
+    on_bad_row: Any = config.on_bad_row  # checked by PrepareConfig
+    pool = Pool.open(config.pool, on_bad_row=on_bad_row, rejects=rejects)
+    if pool.num_rejected:
+        logger.warning("%d bad rows were left out; they are in %s with the reasons", pool.num_rejected, pool.rejects_path)
+    return pool
+
+
+def run_prepare(config: PrepareConfig, lead: LeadConfig) -> dict[str, Any]:
+    """`lead-fast prepare`: the offline stages alone, into `config.out`.
+
+    Returns:
+        A JSON summary.
+    """
+    _set_threads(config)
+    inputs = open_inputs(config)
+    if isinstance(inputs, Prepared):
+        raise ValueError(f"pool: {config.pool} is prepared already; give it to `lead-fast train`")
+    assert config.out is not None
+    folder = claim_folder(config.out, resume=config.resume)
+    prepared = prepare(inputs, config, lead, folder)
+    write_text(folder / "config.yaml", to_yaml(config, lead.resolve()))
+    return {"out": str(folder), **prepared.summary}
+
+
+def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
+    """`lead-fast train`: the offline stages where the pool is raw, LEAD's rounds, the trained model, the report.
+
+    Returns:
+        A JSON summary, also written to summary.json.
+    """
+    start = time.perf_counter()
+    _set_threads(config)
+    torch.manual_seed(lead.seed)
+    estimator_class(lead.estimator)
+    inputs = open_inputs(config)
+    heldout = None if config.heldout is None else Pool.open(config.heldout)
+    assert config.out is not None
+    folder = claim_folder(config.out, resume=config.resume)
+    prepared = inputs if isinstance(inputs, Prepared) else prepare(inputs, config, lead, folder / "prepared")
+    write_text(folder / "config.yaml", to_yaml(config, lead.resolve()))
+
+    tokenizer = prepared.tokenizer(config)
+    encoder = ChatEncoder(tokenizer, config.max_length)
+    engine = LeadEngine(prepared.pool, lead)
+    first_utility = engine.utility(engine.groups.rows).numpy()
+    optimization = Optimization(prepared.model(config, seed=lead.seed), make_accelerator(config), config)
+    if engine.budget < engine.config.budget_rows(len(prepared.pool)):
+        logger.info("%d rows are set aside: the budget counts the other %d", prepared.pool.aside.sum(), len(engine.groups.rows))
+
+    rounds_path = folder / "rounds.jsonl"
+    rounds_path.unlink(missing_ok=True)
+    with rounds_path.open("a", encoding="utf-8") as rounds_file:
+
+        def on_round(rnd: Round, record: dict[str, Any]) -> None:
+            rounds_file.write(json.dumps(record, allow_nan=False) + "\n")
+            rounds_file.flush()
+            if config.log_utilities:
+                write_candidates(rnd, folder / "utilities")
+
+        score = heldout_scorer(optimization, encoder, heldout, config, lead.seed)
+        run = run_rounds(
+            engine, optimization, lambda rows: encoded_rows(encoder, prepared.pool, rows), config,
+            on_round=on_round, evaluate_now=score,
+        )  # fmt: skip
+    if encoder.cuts.prompts or encoder.cuts.answers:
+        logger.warning("%s", encoder.cuts)
+
+    with atomic_path(folder / "model") as temporary:
+        save_model(optimization.bare, tokenizer, temporary)
+    write_jsonl(folder / "selected.jsonl", engine.selected())
+    summary = summarize(engine, run, prepared, time.perf_counter() - start)
+    summary = {"out": str(folder), "model": str(folder / "model"), **summary}
+    write_json(folder / "summary.json", summary | {
+        "evaluations": run.evaluations,
+        "utility": utility_histogram(engine, first_utility),
+        "arms": prepared.summary.get("arms"),
+        "sources": source_shares(engine),
+        "preparation": prepared.summary,
+    })  # fmt: skip
+    write_run_report(folder)
+    return summary
+
+
+def heldout_scorer(
+    optimization: Optimization, encoder: ChatEncoder, heldout: Pool | None, config: TrainConfig, seed: int
+) -> Callable[[], dict[str, Any]] | None:
+    """A function that scores the held-out rows now: mean over samples and over tokens, and by source."""
+    if heldout is None:
+        return None
+    rows = np.arange(len(heldout))
+    if config.heldout_rows and len(heldout) > config.heldout_rows:
+        rows = np.sort(np.random.default_rng([seed, 3]).permutation(len(heldout))[: config.heldout_rows])
+    samples: list[Sample] = encoded_rows(encoder, heldout, rows)
+    tokens = torch.tensor([float(s.supervised[1:].sum()) for s in samples])
+
+    def score() -> dict[str, Any]:
+        loss = evaluate(
+            optimization.packed, samples, pack_tokens=config.pack_tokens, device=optimization.device, desc="held-out"
+        )
+        scores: dict[str, Any] = {
+            "heldout_loss": float(loss.mean()), "heldout_token_loss": float((loss * tokens).sum() / tokens.sum()),
+        }  # fmt: skip
+        if heldout.sources is not None:
+            source = torch.from_numpy(heldout.sources[rows].astype(np.int64))
+            scores["by_source"] = {
+                name: float(loss[source == k].mean()) for k, name in enumerate(heldout.source_names) if (source == k).any()
+            }
+        return scores
+
+    return score
+
+
+def summarize(engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds: float) -> dict[str, Any]:
+    """What a run did, in one flat JSON object."""
+    rewards = [r["reward"] for r in run.rounds if r["reward"] is not None]
+    summary: dict[str, Any] = {
+        "preset": engine.config.preset,
+        "rounds": engine.num_rounds,
+        "rows": engine.num_used,
+        "budget": engine.budget,
+        "pool": len(engine.pool),
+        "optimizer_steps": run.num_steps,
+        "trained_tokens": run.trained_tokens,
+        "supervised_tokens": run.supervised_tokens,
+        "final_loss": run.rounds[-1]["mean_loss"] if run.rounds else None,
+        "mean_reward": float(np.mean(rewards)) if rewards else None,
+        "warmup_tokens": prepared.summary.get("warmup", {}).get("tokens", 0),
+        "scoring_tokens": prepared.summary.get("scoring", {}).get("tokens", 0),
+        "arm_probability_reachable": engine.bandit.reachable(engine.num_rounds),
+        "arm_probability_reached": max((max(r["probs"]) for r in run.rounds), default=None),
+        "seconds_by_part": {k: round(v, 3) for k, v in sorted(run.seconds.items())},
+        "seconds": round(seconds, 3),
+    }
+    if run.evaluations:
+        summary["heldout_loss_before"] = run.evaluations[0]["heldout_loss"]
+        summary["heldout_loss_after"] = run.evaluations[-1]["heldout_loss"]
+    return summary
+
+
+def utility_histogram(engine: LeadEngine, first: np.ndarray, bins: int = 40) -> dict[str, Any]:
+    """Utilities of all rows that may be chosen, at the start and now, over common bins."""
+    last = engine.utility(engine.groups.rows).numpy()
+    edges = np.histogram_bin_edges(np.concatenate([first, last]), bins=bins)
+    return {
+        "edges": edges.tolist(),
+        "start": np.histogram(first, edges)[0].tolist(),
+        "end": np.histogram(last, edges)[0].tolist(),
+    }
+
+
+def source_shares(engine: LeadEngine) -> list[dict[str, Any]] | None:
+    """Rows of each source in the pool, and how many of them were chosen."""
+    pool = engine.pool
+    if pool.sources is None:
+        return None
+    chosen: Sequence[int] = sorted({row for _, rows, _ in engine.history for row in rows.tolist()})
+    counts = np.bincount(pool.sources, minlength=len(pool.source_names))
+    picked = np.bincount(pool.sources[np.asarray(chosen, np.int64)], minlength=len(pool.source_names))
+    return [
+        {"source": name, "pool": int(counts[k]), "chosen": int(picked[k])}
+        for k, name in enumerate(pool.source_names) if counts[k]
+    ]  # fmt: skip
+
+
+def _set_threads(config: PrepareConfig) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)

@@ -1,0 +1,341 @@
+"""The fine-tuning loop on accelerate: optimizer steps over packed batches, and LEAD's rounds around them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lead_fast.config import PrepareConfig, TrainConfig
+from lead_fast.engine import LeadEngine, Round, RoundReport
+from lead_fast.models import PackedModel, trained_parameters
+from lead_fast.ops import SampleStats
+from lead_fast.packing import PackedBatch, Sample, balanced_fill, fill, pack, split_evenly
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to change."""
+
+
+def make_accelerator(config: PrepareConfig) -> Accelerator:
+    """accelerate decides the device; precision "auto" is bf16 on a GPU that has it, else fp32."""
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+
+
+def learning_rate(progress: float, *, peak: float, schedule: str, warmup: float) -> float:
+    """Learning rate at `progress` in [0, 1]: a linear rise over the share `warmup`, then constant, linear or cosine decay."""
+    if progress < warmup:
+        return peak * max(progress, 1e-2 * warmup) / warmup
+    after = (progress - warmup) / (1.0 - warmup)
+    factor = {"constant": 1.0, "linear": 1.0 - after, "cosine": 0.5 * (1.0 + math.cos(math.pi * min(after, 1.0)))}[schedule]
+    return peak * max(factor, 0.0)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: its loss (mean over supervised tokens, 0-d tensor), supervised tokens, all tokens."""
+
+    loss: Tensor
+    num_items: int
+    num_tokens: int
+
+
+class Optimization:
+    """A model with its AdamW under accelerate: one call is one optimizer step over packed micro-batches.
+
+    Args:
+        model: a causal LM or a peft model; its parameters with requires_grad are trained.
+        accelerator: decides device, precision and, later, processes.
+        config: weight decay and gradient clipping.
+    """
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator, config: PrepareConfig) -> None:
+        self.accelerator, self.max_grad_norm = accelerator, config.max_grad_norm
+        self.bare = model
+        parameters = [p for _, p in trained_parameters(model)]
+        if not parameters:
+            raise TrainingError("no parameter is trainable: nothing to do")
+        optimizer = torch.optim.AdamW(parameters, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
+        self.model, self.optimizer = accelerator.prepare(PackedModel(model), optimizer)
+        self.model.train()
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def packed(self) -> PackedModel:
+        """The packed model without accelerate's wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def step(
+        self, batches: Sequence[PackedBatch], lr: float, observe: Callable[[Tensor, SampleStats], None] | None = None
+    ) -> StepResult:
+        """One optimizer step over micro-batches: the gradient of their mean loss over all supervised tokens.
+
+        Args:
+            batches: micro-batches of the step; accumulation gives the gradient of the one large batch.
+            lr: learning rate of the step.
+            observe: called with each micro-batch's rows and per-sample statistics.
+        """
+        num_items = sum(batch.num_items for batch in batches)
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches):
+            batch = batch.to(self.device)
+            with self._sync_only(last=number == len(batches) - 1):
+                out = self.model(batch, num_items=max(num_items, 1), stats="loss" if observe is None else "all")
+                self.accelerator.backward(out.loss)
+            total += out.loss.detach()
+            if observe is not None:
+                observe(batch.rows, out.samples)
+        if self.max_grad_norm > 0.0:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(total, num_items, sum(batch.num_tokens for batch in batches))
+
+    @contextmanager
+    def _sync_only(self, *, last: bool) -> Iterator[None]:
+        if last:
+            yield
+        else:
+            with self.accelerator.no_sync(self.model):
+                yield
+
+
+@torch.no_grad()
+def evaluate(model: PackedModel, samples: Sequence[Sample], *, pack_tokens: int, device: torch.device, desc: str) -> Tensor:
+    """Mean nll per supervised token of each sample, fp32 [n] on the CPU, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    losses = []
+    for index in tqdm(fill([len(s) for s in samples], pack_tokens), desc=desc, delay=2, leave=False):
+        batch = pack([samples[i] for i in index]).to(device)
+        losses.append(model(batch, stats="loss").samples.loss.float().cpu())
+    model.train(was_training)
+    return torch.cat(losses)
+
+
+def step_batches(samples: Sequence[Sample], rows: Sequence[int], config: PrepareConfig) -> list[list[PackedBatch]]:
+    """Packs samples, in order, into optimizer steps of at most `step_tokens`, each of up to `accumulation` micro-batches."""
+    steps = []
+    for index in balanced_fill([len(s) for s in samples], config.step_tokens):
+        runs = split_evenly([len(samples[i]) for i in index], config.accumulation)
+        steps.append([pack([samples[index[i]] for i in run], [rows[index[i]] for i in run]) for run in runs if run])
+    return steps
+
+
+class Seconds:
+    """Wall-clock seconds by part of a run."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.parts[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call, by part."""
+        parts, self.parts = dict(self.parts), defaultdict(float)
+        return {name: round(value, 6) for name, value in parts.items()}
+
+
+@dataclass
+class TrainingRun:
+    """What the rounds leave behind: one dict a round (see `round_record`), totals, held-out losses over training."""
+
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    num_steps: int = 0
+    trained_tokens: int = 0
+    supervised_tokens: int = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+def run_rounds(
+    engine: LeadEngine,
+    optimization: Optimization,
+    samples_of: Callable[[Sequence[int]], list[Sample]],
+    config: TrainConfig,
+    *,
+    on_round: Callable[[Round, dict[str, Any]], None] | None = None,
+    evaluate_now: Callable[[], dict[str, Any]] | None = None,
+    desc: str = "LEAD rounds",
+) -> TrainingRun:
+    """Trains in rounds until the engine's budget (or `config.train_tokens`) is used.
+
+    Args:
+        engine: chooses the rows.
+        optimization: trains on them.
+        samples_of: tokenized samples of rows of the pool.
+        config: step size, learning rate schedule, evaluation interval.
+        on_round: called after each round with the choice and its record.
+        evaluate_now: held-out scores now; called before, after, and every `config.eval_every` rounds.
+
+    Returns:
+        The run's records.
+
+    Raises:
+        TrainingError: the loss of a whole round is not finite.
+    """
+    run, clock = TrainingRun(), Seconds()
+    engine.track([p for _, p in trained_parameters(optimization.bare)])
+
+    def score() -> None:
+        if evaluate_now is not None:
+            with clock.part("evaluate"):
+                entry = {"round": engine.num_rounds, "trained_tokens": run.trained_tokens, **evaluate_now()}
+                run.evaluations.append(entry)
+
+    score()
+    total = config.train_tokens if config.train_tokens is not None else engine.budget
+    with tqdm(total=total, desc=desc, unit="tok" if config.train_tokens else "row", delay=2) as bar:
+        while config.train_tokens is None or run.trained_tokens < config.train_tokens:
+            used_before = engine.num_used
+            with clock.part("select"):
+                rnd = engine.begin_round()
+            if rnd is None:
+                break
+            with clock.part("data"):
+                rows = rnd.rows.tolist()
+                steps = step_batches(samples_of(rows), rows, config)
+            tokens_before, items_before = run.trained_tokens, run.supervised_tokens
+            losses: list[tuple[Tensor, int]] = []
+            for number, batches in enumerate(steps):
+                lr = learning_rate(
+                    _progress(engine, run, config, used_before, number / len(steps)),
+                    peak=config.peak_learning_rate, schedule=config.schedule, warmup=config.warmup_ratio,
+                )  # fmt: skip
+                with clock.part("step"):
+                    result = optimization.step(batches, lr, _timed_observe(engine, clock))
+                with clock.part("estimate"):
+                    engine.step(lr=lr, num_items=result.num_items)
+                losses.append((result.loss, result.num_items))
+                run.num_steps += 1
+                run.trained_tokens += result.num_tokens
+                run.supervised_tokens += result.num_items
+            with clock.part("estimate"):
+                report = engine.end_round()
+            parts = clock.take()
+            # `observe` runs inside the step; it is counted once, as estimation.
+            parts["step"] = round(parts.get("step", 0.0) - parts.pop("observe", 0.0), 6)
+            record = round_record(rnd, report, run.trained_tokens - tokens_before, run.supervised_tokens - items_before,
+                                  len(steps), losses, parts)  # fmt: skip
+            if not math.isfinite(record["mean_loss"]):
+                raise TrainingError(
+                    f"round {rnd.number}: the loss is not finite ({report.num_quarantined} of {len(rnd)} rows); "
+                    "lower --learning-rate, or look at the rows named in rounds.jsonl"
+                )
+            run.rounds.append(record)
+            for name, value in parts.items():
+                run.seconds[name] += value
+            if on_round is not None:
+                on_round(rnd, record)
+            bar.update(run.trained_tokens - tokens_before if config.train_tokens else engine.num_used - used_before)
+            bar.set_postfix_str(f"round {rnd.number}, arm {rnd.arm}, loss {record['mean_loss']:.3f}", refresh=False)
+            if config.eval_every and rnd.number % config.eval_every == 0:
+                score()
+    if run.rounds and run.evaluations and run.evaluations[-1]["round"] != engine.num_rounds:
+        score()
+    return run
+
+
+def _progress(engine: LeadEngine, run: TrainingRun, config: TrainConfig, used_before: int, inside: float) -> float:
+    """Progress in [0, 1] of the learning-rate schedule, `inside` of the way through the current round."""
+    if config.train_tokens is not None:
+        return min(1.0, run.trained_tokens / config.train_tokens)
+    return min(1.0, (used_before + inside * (engine.num_used - used_before)) / engine.budget)
+
+
+def _timed_observe(engine: LeadEngine, clock: Seconds) -> Callable[[Tensor, SampleStats], None]:
+    def observe(rows: Tensor, samples: SampleStats) -> None:
+        start = time.perf_counter()
+        engine.observe(rows, samples)
+        seconds = time.perf_counter() - start
+        clock.parts["estimate"] += seconds
+        clock.parts["observe"] += seconds
+
+    return observe
+
+
+def round_record(
+    rnd: Round,
+    report: RoundReport,
+    num_tokens: int,
+    num_items: int,
+    num_steps: int,
+    losses: list[tuple[Tensor, int]],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """One line of rounds.jsonl. Log weights are those after the round's update, probabilities those of its draw."""
+    token_loss = sum(float(loss) * items for loss, items in losses) / max(1, sum(items for _, items in losses))
+    finite = [r if math.isfinite(r) else None for r in report.rewards]
+    return {
+        "round": rnd.number,
+        "arm": rnd.arm,
+        "arms": rnd.arms,
+        "forced": report.forced,
+        "uniform": report.uniforms,
+        "task_uniforms": rnd.task_uniforms,
+        "probs": report.probs.tolist(),
+        "log_weights": report.log_weights.tolist(),
+        "reward": finite[0],
+        "rewards": finite,
+        "scaled_rewards": report.scaled_rewards,
+        "samples": len(rnd),
+        "rows": rnd.rows.tolist(),
+        "tokens": num_tokens,
+        "supervised_tokens": num_items,
+        "steps": num_steps,
+        "mean_loss": token_loss,
+        "mean_sample_loss": report.mean_loss if math.isfinite(report.mean_loss) else None,
+        "quarantined": report.num_quarantined,
+        "calibration": report.calibration,
+        "seconds": seconds,
+    }
+
+
+def write_candidates(rnd: Round, folder: Path) -> None:
+    """Writes a round's candidates as Parquet: row, task, uses, utility, the choice's noise, and whether it was chosen."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from lead_fast.files import atomic_path
+
+    tables = [
+        pa.table({
+            "arm": pa.array([arm] * len(c.row), pa.int16()),
+            "row": c.row.cpu().numpy(),
+            "task": c.task.cpu().numpy(),
+            "uses": c.uses.cpu().numpy(),
+            "utility": c.utility.cpu().numpy(),
+            "noise": c.noise.cpu().numpy(),
+            "chosen": c.chosen.cpu().numpy(),
+        })
+        for arm, c in zip(rnd.arms, rnd.candidates, strict=True)
+    ]  # fmt: skip
+    with atomic_path(folder / f"round-{rnd.number:05d}.parquet") as temporary:
+        pq.write_table(pa.concat_tables(tables), temporary)

@@ -1,0 +1,125 @@
+"""Packed forward passes, LM heads, LoRA, saving."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lead_fast.models import PackedModel, add_lora, build_model, check_head, lm_head, prepare_model, save_model
+from lead_fast.offline.pretrain import train_tokenizer
+from lead_fast.packing import ChatEncoder, pack
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["some words to learn from, 1 2 3. " * 3], 300)
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer):
+    texts = [("one two", "three"), ("a much longer question " * 6, "and a longer answer"), ("x", "y z")]
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in texts]
+    return list(ChatEncoder(tokenizer, 256).encode(chats))
+
+
+def tiny(kind, vocab, **options):
+    shape = dict(
+        vocab_size=vocab, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, head_dim=8, **options,
+    )  # fmt: skip
+    if kind == "gpt2":
+        shape = dict(vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **shape)
+    return prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+KINDS = [
+    ("llama", {}),
+    ("qwen2", {}),
+    ("gemma2", {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 20.0, "sliding_window": 8}),
+    ("mistral", {"sliding_window": 8}),
+    ("cohere", {"logit_scale": 0.25}),
+    ("granite", {"logits_scaling": 4.0}),
+    ("gpt2", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS, ids=[k for k, _ in KINDS])
+def test_a_packed_sample_has_the_loss_and_gradient_it_has_alone(kind, options, tokenizer, samples):
+    model = tiny(kind, len(tokenizer), **options)
+    packed = PackedModel(model)
+    batch = pack(samples)
+    out = packed(batch, reduction="sum")
+    out.loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for s, sample in enumerate(samples):
+        # The reference: transformers' own eager attention, logits and all, one sample at a time.
+        model.set_attn_implementation("eager")
+        ids = torch.from_numpy(sample.input_ids)[None]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        nll = nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        mask = torch.from_numpy(sample.supervised[1:])
+        nll[mask].sum().backward()
+        torch.testing.assert_close(out.samples.loss[s], nll[mask].mean().detach(), rtol=2e-5, atol=2e-5)
+        assert float(out.samples.num_tokens[s]) == mask.sum()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            scale = float(parameter.grad.abs().max())
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * max(scale, 1.0))
+
+
+def test_a_head_with_an_adapter_is_refused(tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny("llama", len(tokenizer))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["lm_head", "q_proj"]))
+    with pytest.raises(ValueError, match=r"plain nn\.Linear without adapter"):
+        PackedModel(adapted)
+
+
+def test_a_head_that_does_more_than_the_fused_loss_knows_is_refused(tokenizer):
+    model = tiny("llama", len(tokenizer))
+    check_head(model)
+
+    def forward(*args, **kwargs):
+        out = type(model).forward(model, *args, **kwargs)
+        out.logits = out.logits * 1.5
+        return out
+
+    model.forward = forward
+    with pytest.raises(ValueError, match="does not know"):
+        check_head(model)
+
+
+def test_lora_trains_adapters_only_and_starts_at_the_base_model(tokenizer, samples):
+    model = build_model("tiny", tokenizer, seed=1, device=CPU)
+    before = PackedModel(model)(pack(samples)).loss
+    adapted = add_lora(model, rank=4, alpha=8.0, seed=0)
+    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in n for n in trained)
+    out = PackedModel(adapted)(pack(samples))
+    torch.testing.assert_close(out.loss, before)
+    out.loss.backward()
+    assert lm_head(PackedModel(adapted).causal_lm).weight.grad is None
+
+
+def test_equal_seeds_build_equal_models(tokenizer):
+    one, two, other = (build_model("tiny", tokenizer, seed=s, device=CPU) for s in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_saved_models_load_with_transformers_alone(tokenizer, samples, tmp_path):
+    model = build_model("tiny", tokenizer, seed=1, device=CPU)
+    save_model(model, tokenizer, tmp_path / "m")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert loaded.config._attn_implementation != model.config._attn_implementation
+    ids = torch.from_numpy(samples[0].input_ids)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == tokenizer.chat_template
+    assert not list((tmp_path / "m").glob("*.bin"))

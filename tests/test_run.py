@@ -1,0 +1,178 @@
+"""Whole runs by the command line: what they write, that they repeat, resume, stop and refuse as they should."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lead_fast.cli import main
+from lead_fast.demo_pool import demo_rows
+from lead_fast.files import read_jsonl, write_jsonl
+
+OPTIONS = [
+    "--model-config", "tiny", "--pretrain-epochs", "2", "--max-length", "128", "--step-tokens", "512",
+    "--budget", "24", "--min-rounds", "6", "--num-arms", "3", "--tasks-per-arm", "2", "--warmup-share", "0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One cache for all runs here: the model is pretrained once."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LEAD_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pool") / "pool.jsonl"
+    write_jsonl(path, demo_rows(400, seed=1))
+    return path
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory):
+    path = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
+    write_jsonl(path, demo_rows(40, seed=2, noisy=0.0, duplicates=0.0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(pool, heldout, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "lora"
+    arguments = ["train", "--pool", str(pool), "--heldout", str(heldout), "--out", str(out), "--log-utilities"]
+    assert main([*arguments, *OPTIONS]) == 0
+    return out
+
+
+def test_the_run_folder_holds_what_a_run_is(run):
+    assert {p.name for p in run.iterdir()} == {
+        "config.yaml", "rounds.jsonl", "selected.jsonl", "summary.json", "report.html", "model", "prepared", "utilities",
+    }  # fmt: skip
+    rounds, selected = read_jsonl(run / "rounds.jsonl"), read_jsonl(run / "selected.jsonl")
+    summary = json.loads((run / "summary.json").read_text())
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["budget"] == 24 and config["choose"] == "softmax" and config["model_config"] == "tiny"
+    assert [r["round"] for r in rounds] == list(range(1, summary["rounds"] + 1))
+    assert len(selected) == summary["rows"] == 24
+    assert sum(len(s["rounds"]) for s in selected) == sum(r["samples"] for r in rounds)
+    assert summary["heldout_loss_after"] < summary["heldout_loss_before"]
+    for r in rounds:
+        assert sum(r["probs"]) == pytest.approx(1.0)
+        assert {"arm", "log_weights", "uniform", "reward", "tokens", "mean_loss", "calibration", "seconds"} <= r.keys()
+    table = pq.read_table(run / "utilities" / "round-00001.parquet").to_pydict()
+    chosen = {row for row, c in zip(table["row"], table["chosen"], strict=True) if c}
+    assert chosen == set(rounds[0]["rows"])
+    html = (run / "report.html").read_text()
+    assert html.count("<svg") >= 4 and "<script" not in html
+    assert not re.search(r'(src|href)="(?!#)', html)  # nothing is fetched
+
+
+def test_the_trained_adapter_loads_with_peft_alone(run):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = json.loads((run / "model" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    ids = tokenizer("What is 2 + 3?", return_tensors="pt").input_ids
+    before = model(ids).logits
+    after = PeftModel.from_pretrained(model, run / "model")(ids).logits
+    assert not torch.allclose(before, after)
+
+
+def test_two_runs_with_one_seed_are_the_same(run, pool, heldout, tmp_path):
+    out = tmp_path / "again"
+    assert main(["train", "--pool", str(pool), "--heldout", str(heldout), "--out", str(out), *OPTIONS]) == 0
+    assert (out / "selected.jsonl").read_bytes() == (run / "selected.jsonl").read_bytes()
+    one, two = (load_file(folder / "model" / "adapter_model.safetensors") for folder in (run, out))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_prepare_alone_gives_train_the_same_pool(run, pool, heldout, tmp_path):
+    prepared, out = tmp_path / "prepared", tmp_path / "out"
+    assert main(["prepare", "--pool", str(pool), "--out", str(prepared), *OPTIONS]) == 0
+    options = ["--max-length", "128", "--step-tokens", "512", "--budget", "24", "--min-rounds", "6", "--learning-rate", "1e-3"]
+    assert main(["train", "--pool", str(prepared), "--heldout", str(heldout), "--out", str(out), *options]) == 0
+    assert (out / "selected.jsonl").read_bytes() == (run / "selected.jsonl").read_bytes()
+
+
+def test_resume_runs_only_the_stages_that_are_missing(run, pool, tmp_path, capfd):
+    out = tmp_path / "resumed"
+    arguments = ["train", "--pool", str(pool), "--out", str(out), *OPTIONS]
+    assert main(arguments) == 0
+    stage = {p.name: (out / "prepared" / p.name / "stage.json").stat().st_mtime_ns for p in (out / "prepared").iterdir()
+             if (p / "stage.json").exists()}  # fmt: skip
+    assert set(stage) == {"model", "start", "scores"}
+    assert main(arguments) == 1
+    assert "not empty" in capfd.readouterr().err
+    (out / "summary.json").unlink()
+    assert main([*arguments, "--resume"]) == 0
+    for name, time_ns in stage.items():
+        assert (out / "prepared" / name / "stage.json").stat().st_mtime_ns == time_ns, name
+    assert (out / "selected.jsonl").read_bytes() == (run / "selected.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options", [["--preset", "paper", "--tuning", "full"], ["--estimator", "historical", "--accumulation", "2"]]
+)
+def test_other_settings_run_to_the_end(options, pool, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert main(["train", "--pool", str(pool), "--out", str(out), *OPTIONS, *options]) == 0
+    summary = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert summary["rows"] == 24 and (out / "model").is_dir()
+
+
+def test_yaml_and_command_line_agree(pool, tmp_path, capfd):
+    (tmp_path / "c.yaml").write_text(f"pool: {pool}\nmodel_config: tiny\nnum-arms: 3\nbudget: 0.02\nnonsense: 1\n")
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out")]) == 1
+    assert "unknown option nonsense" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "0"], "`budget` must be at least 1 row"),
+        (["--budget", "1.5"], "`budget` must be a share in (0, 1]"),
+        (["--gamma", "0"], "`gamma` must be in (0, 1]"),
+        (["--estimator", "magic"], "`estimator` must be one of none"),
+        (["--model", "x"], "exactly one of --model and --model-config"),
+        (["--heldout", "absent.jsonl"], "absent.jsonl"),
+    ],
+)
+def test_wrong_options_are_named_and_leave_nothing_behind(options, message, pool, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert main(["train", "--pool", str(pool), "--out", str(out), *OPTIONS, *options]) == 1
+    assert message in capfd.readouterr().err
+    assert not out.exists()
+
+
+def test_ctrl_c_ends_cleanly(pool, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "lead_fast.cli", "train", "--pool", str(pool), "--out", str(out), *OPTIONS]
+    # Another seed: this run pretrains its own model, so that there is something to interrupt.
+    process = subprocess.Popen(
+        [*command, "--seed", "5", "--pretrain-epochs", "200"], env=os.environ.copy(), stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    assert process.stderr is not None
+    while "pretraining" not in (read := process.stderr.read(1)) and time.monotonic() < deadline:
+        if read == "p" and process.stderr.read(10) == "retraining":
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in error and "Traceback" not in error
+    assert not list(Path(os.environ["LEAD_FAST_CACHE"]).rglob("*.tmp"))
