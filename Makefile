@@ -6,7 +6,7 @@
 
 demo:
 	@.ci/setup.sh
-	.venv/bin/lead-fast demo --out demo-run
+	.venv/bin/lead-fast demo --out demo-run --overwrite
 
 test:
 	@.ci/setup.sh test

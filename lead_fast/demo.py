@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 DEMO_METHODS = ("robust", "paper", "random", "random_in_arm")
 _PRETRAIN_ROWS, _HELDOUT_ROWS, _POOL_SEED = 3000, 400, 2025
+_FILES = {"pool.jsonl", "heldout.jsonl", "runs", "compare.json", "report.html"}
 _PRETRAIN_EPOCHS, _LEARNING_RATE, _STEP_TOKENS = 4.0, 5e-4, 512
 
 
@@ -41,7 +42,7 @@ def run_demo(out: str, *, num_seeds: int, num_rows: int, train_tokens: int, over
     """
     start = time.perf_counter()
     if overwrite:
-        shutil.rmtree(out, ignore_errors=True)
+        remove_demo(Path(out))
     folder = claim_folder(out, resume=False)
     pool, heldout, base = demo_data(folder, num_rows)
     config = TrainConfig(
@@ -69,6 +70,20 @@ def run_demo(out: str, *, num_seeds: int, num_rows: int, train_tokens: int, over
     report = write_compare_report(folder, rows, results, noisy_share=pool_share)
     print_table(rows, pool_share)
     return {"seconds": round(time.perf_counter() - start, 1), "report": str(report), "methods": rows}
+
+
+def remove_demo(folder: Path) -> None:
+    """Removes an earlier demo's folder, and no other.
+
+    Raises:
+        ValueError: the folder holds something that the demo did not write.
+    """
+    if not folder.exists():
+        return
+    foreign = [p.name for p in folder.iterdir() if p.name not in _FILES and not p.name.startswith("prepared-")]
+    if foreign:
+        raise ValueError(f"out: {folder} holds {foreign[0]}, which no demo wrote; it is not replaced")
+    shutil.rmtree(folder)
 
 
 def demo_data(folder: Path, num_rows: int) -> tuple[Pool, Pool, Path]:

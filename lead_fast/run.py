@@ -52,10 +52,7 @@ def open_inputs(config: PrepareConfig) -> Prepared | Pool:
         raise ValueError("model: expected exactly one of --model and --model-config")
     rejects = f"{config.out.rstrip('/')}.rejects.jsonl" if config.on_bad_row == "skip" else None
     on_bad_row: Any = config.on_bad_row  # checked by PrepareConfig
-    pool = Pool.open(config.pool, on_bad_row=on_bad_row, rejects=rejects)
-    if pool.num_rejected:
-        logger.warning("%d bad rows were left out; they are in %s with the reasons", pool.num_rejected, pool.rejects_path)
-    return pool
+    return Pool.open(config.pool, on_bad_row=on_bad_row, rejects=rejects)
 
 
 def run_prepare(config: PrepareConfig, lead: LeadConfig) -> dict[str, Any]:
