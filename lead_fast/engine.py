@@ -171,7 +171,7 @@ class LeadEngine:
         self.clocks = Clocks(self.num_arms, self.device)
         self.estimator = estimator_class(self.config.estimator)(self.num_arms, self.config.adam_beta1, self.device)
         self.bandit = Bandit(self.num_arms, self.config.bandit, self.config.gamma, self.config.share)
-        self.budget = self.config.budget_rows(len(self.groups.rows))
+        self.budget = min(self.config.budget_rows(len(pool)), len(self.groups.rows))
         self.num_rounds, self.num_used = 0, 0
         self.history: list[tuple[int, Tensor, Tensor]] = []  # (round, rows, utility at choice) of every round
         self._round: Round | None = None

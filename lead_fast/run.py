@@ -95,7 +95,7 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
     first_utility = engine.utility(engine.groups.rows).numpy()
     optimization = Optimization(prepared.model(config, seed=lead.seed), make_accelerator(config), config)
     if engine.budget < engine.config.budget_rows(len(prepared.pool)):
-        logger.info("%d rows are set aside: the budget counts the other %d", prepared.pool.aside.sum(), len(engine.groups.rows))
+        logger.warning("the budget is cut to the %d rows that are not set aside", engine.budget)
 
     rounds_path = folder / "rounds.jsonl"
     rounds_path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""The engine behind other front ends: transformers' Trainer, TRL, the official LEAD loop."""
