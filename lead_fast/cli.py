@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -144,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for noisy in ("httpx", "accelerate", "torch", "matplotlib", "fontTools", "urllib3", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Deprecations between transformers and peft are not for the person at the terminal.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         summary = _run(arguments)
     except KeyboardInterrupt:

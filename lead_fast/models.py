@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -22,6 +24,7 @@ from lead_fast.packing import PackedBatch
 logger = logging.getLogger(__name__)
 
 PER_SAMPLE_ATTENTION = "lead_fast_per_sample"
+_QUIET_BYTES = 500_000_000
 
 # Models that need no download: a Llama with tied embeddings; (vocabulary, hidden, layers, heads, KV heads, MLP).
 MODEL_SIZES = {
@@ -257,7 +260,8 @@ def load_model(
     Raises:
         ValueError: it is no causal LM whose head the fused loss can serve.
     """
-    with _quiet_transformers():
+    weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    with _quiet_loading() if 0 < weights < _QUIET_BYTES else nullcontext():
         model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
     return prepare_model(model.to(device))
 
@@ -327,13 +331,13 @@ def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-class _quiet_transformers:
-    """Hides transformers' own weight-loading bars: this package shows its own."""
-
-    def __enter__(self) -> None:
-        self._enabled = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        if self._enabled:
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hides transformers' bar over the weights of models that load at once."""
+    enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
             transformers.utils.logging.enable_progress_bar()

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def fine_tasks(arm: np.ndarray, embedding: np.ndarray, tasks_per_arm: int, *, se
     """
     task = np.full(len(arm), -1, np.int32)
     first = 0
-    for k in range(int(arm.max()) + 1):
+    for k in tqdm(range(int(arm.max()) + 1), desc="clustering", unit="arm", delay=2, leave=False):
         rows = np.flatnonzero(arm == k)
         vectors = embedding[rows].astype(np.float64)
         count = min(tasks_per_arm, len(np.unique(vectors, axis=0)))

@@ -25,6 +25,7 @@ from lead_fast.trainer import Optimization, learning_rate, make_accelerator
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+_QUIET_TEXTS = 2000  # fewer train a tokenizer within two seconds: no bar
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
@@ -41,7 +42,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[BOS, EOS, PAD], show_progress=False,
+        vocab_size=vocab_size, special_tokens=[BOS, EOS, PAD], show_progress=len(texts) > _QUIET_TEXTS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
@@ -75,7 +76,8 @@ def pretrained_model(conversations: Sequence[Messages], config: PrepareConfig, *
     texts = (message["content"] for messages in conversations for message in messages)
     tokenizer = train_tokenizer(list(texts), MODEL_SIZES[size]["vocab_size"])
     encoder = ChatEncoder(tokenizer, config.max_length)
-    samples = [Sample(s.input_ids, np.ones(len(s), bool), s.keep_alone) for s in encoder.encode(conversations)]
+    encoded = tqdm(encoder.encode(conversations), total=len(conversations), desc="tokenizing", delay=2, leave=False)
+    samples = [Sample(s.input_ids, np.ones(len(s), bool), s.keep_alone) for s in encoded]
     model = _pretrain(samples, tokenizer, config, size, seed)
     with atomic_path(folder) as temporary:
         save_model(model, tokenizer, temporary)
