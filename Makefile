@@ -1,7 +1,7 @@
 # Every target sets itself up: a virtual environment in .venv, torch, the package with its extension (.ci/setup.sh).
 #   make test TORCH=torch==2.12.0 TORCH_INDEX_URL=... PYTHON=python3.12
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -15,6 +15,10 @@ test:
 bench:
 	@.ci/setup.sh test,bench
 	.venv/bin/pytest -q --timeout=0 benchmarks
+
+# On a machine with a CUDA card, with its python as it is: build, the tests marked cuda, benchmarks, the table.
+gpu:
+	@.ci/gpu.sh
 
 lint:
 	@.ci/setup.sh dev,test

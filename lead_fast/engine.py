@@ -28,8 +28,6 @@ from lead_fast.pool import Pool
 from lead_fast.rng import philox_uniform
 from lead_fast.selection import Candidates, Groups, gumbel, rank, task_quotas
 from lead_fast.utility import (
-    QUARANTINED,
-    SEEN,
     Clocks,
     UtilityTable,
     WeightChange,
@@ -94,6 +92,7 @@ class RoundReport:
 
     def __init__(self, rnd: Round, reward: Tensor, scaled: list[float], log_w: Tensor, seen: Tensor, loss: Tensor,
                  quarantined: Tensor, calibration: dict[str, Any]) -> None:  # fmt: skip
+        self._rows = rnd.rows
         self.number, self.arm, self.arms = rnd.number, rnd.arm, rnd.arms
         self.probs, self.uniforms, self.forced = rnd.draw.all_probs, rnd.draw.uniforms, rnd.draw.forced
         self.scaled_rewards, self.log_weights, self.calibration = scaled, log_w, calibration
@@ -120,9 +119,14 @@ class RoundReport:
         return float(self._loss)
 
     @cached_property
+    def quarantined(self) -> list[int]:
+        """Rows of the round whose loss was not finite: never chosen again."""
+        return self._rows[self._quarantined.cpu()].tolist()
+
+    @property
     def num_quarantined(self) -> int:
-        """Rows whose loss was not finite, in this round."""
-        return int(self._quarantined)
+        """Number of those rows."""
+        return len(self.quarantined)
 
     def __repr__(self) -> str:
         return f"RoundReport(number={self.number}, arm={self.arm}, reward={self.reward:.4g}, num_samples={self.num_samples})"
@@ -223,7 +227,6 @@ class LeadEngine:
         self.num_rounds = number
         self._round = Round(number, draw.arms, rows.cpu(), utility.cpu(), draw, uniforms, candidates)
         self._rows, self._mask, self._first_step = rows, mask, self.clocks.num_steps
-        self._bad = torch.zeros((), dtype=torch.int64, device=self.device)
         self._begin_weights = None if self._weights is None else self._weights.snapshot()
         self.history.append((number, self._round.rows, self._round.utility))
         return self._round
@@ -239,7 +242,7 @@ class LeadEngine:
         Raises:
             ValueError: wrong dtype or shape. RuntimeError: no round is open.
         """
-        self._open("observe")
+        rnd = self._open("observe")
         if rows.dtype != torch.int64 or rows.dim() != 1:
             raise ValueError(f"LeadEngine.observe: `rows` must be int64 [S], got {rows.dtype} {list(rows.shape)}")
         if samples.loss.shape != rows.shape:
@@ -249,9 +252,8 @@ class LeadEngine:
         if rows.device.type == "cpu" and len(rows) and (int(rows.max()) >= len(self.pool) or int(rows.min()) < -1):
             raise ValueError(f"LeadEngine.observe: `rows` must be in -1..{len(self.pool) - 1}, got {rows.tolist()}")
         rows = rows.to(self.device, non_blocking=True)
-        loss, num_tokens, grad_norm_sq = (t.to(self.device) for t in (samples.loss, samples.num_tokens, samples.grad_norm_sq))
-        _, bad = observe(self.table, self.clocks, self.estimator, rows, loss, num_tokens, grad_norm_sq, self._first_step)
-        self._bad += bad.sum()
+        loss, tokens, grad_norm_sq = (t.to(self.device) for t in (samples.loss, samples.num_tokens, samples.grad_norm_sq))
+        observe(self.table, self.clocks, self.estimator, rows, loss, tokens, grad_norm_sq, rnd.number)
 
     def step(self, *, lr: float, num_items: float | Tensor) -> None:
         """Advances the clocks after an optimizer step.
@@ -263,18 +265,17 @@ class LeadEngine:
         rnd = self._open("step")
         if not math.isfinite(lr) or lr < 0.0:
             raise ValueError(f"LeadEngine.step: `lr` must be a finite number >= 0, got {lr!r}")
-        self.clocks.step(lr, num_items, rnd.arms, rnd.number)
+        self.clocks.step(lr, num_items, rnd.arms)
 
     def end_round(self) -> RoundReport:
         """Closes the round: loss change and utility of its rows, the arms' rewards, the bandit, the calibration."""
         rnd, rows = self._open("end_round"), self._rows
-        self.clocks.end_round()
         change = None
         if self._weights is not None and self._begin_weights is not None:
             change = self._weights.snapshot() - self._begin_weights
         self.estimator.end_round(self.clocks, rnd.arms, self._first_step, change)
         table = self.table
-        seen = (table.state[rows] == SEEN) & (table.step[rows] >= self._first_step)
+        seen = (table.round[rows] == rnd.number) & ~table.quarantined[rows]
         end = idu(table, self.clocks, self.estimator, rows, self.config.smoothing)
         table.idu[rows] = torch.where(seen, end, table.idu[rows])
         if self.config.reward == "idu":
@@ -291,10 +292,13 @@ class LeadEngine:
             else:
                 logger.warning("round %d: no row of arm %d was observed; its reward is not counted", rnd.number, arm)
                 scaled.append(0.0)
+        self.clocks.end_round()
+        self.estimator.calibrate(self.clocks)
         self._round = None
         return RoundReport(
-            rnd, rewards, scaled, self.bandit.log_w.clone(), seen.sum(), loss, self._bad, self.estimator.calibration()
-        )
+            rnd, rewards, scaled, self.bandit.log_w.clone(), seen.sum(), loss, table.quarantined[rows],
+            self.estimator.calibration(),
+        )  # fmt: skip
 
     def utility(self, rows: Tensor) -> Tensor:
         """IDU of `rows` (int64 [R]) now, fp32 [R] on the engine's device."""
@@ -311,7 +315,7 @@ class LeadEngine:
         return philox_uniform(self.config.seed, stream, round_number, counters)
 
     def _available(self, rows: Tensor) -> Tensor:
-        return (self.table.uses[rows] < self.config.max_uses) & (self.table.state[rows] != QUARANTINED)
+        return (self.table.uses[rows] < self.config.max_uses) & ~self.table.quarantined[rows]
 
     def _arms_left(self) -> Tensor:
         return torch.tensor([bool(self._available(self.groups.arm_rows(k)).any()) for k in range(self.num_arms)])
@@ -364,6 +368,8 @@ class LeadEngine:
         """The chosen rows and their utility; rows that are new beyond the budget are cut by utility, lowest first."""
         rows = torch.cat([c.row[c.chosen] for c in candidates])
         utility = torch.cat([c.utility[c.chosen] for c in candidates])
+        rows, order = rows.sort()  # ties go to the lower row, whatever its task
+        utility = utility[order]
         new = self.table.uses[rows] == 0
         left = self.budget - self.num_used
         if int(new.sum()) > left:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lead_fast.utility import SEEN, Clocks, LossChangeEstimator, UtilityTable, register_estimator
+from lead_fast.utility import Clocks, LossChangeEstimator, UtilityTable, register_estimator
 
 
 @register_estimator
@@ -31,15 +31,13 @@ class Historical(LossChangeEstimator):
         super().__init__(num_arms, adam_beta1, device)
         self.first: dict[int, Tensor] = {}
         self.previous: Tensor | None = None
-        self.round_drop = torch.zeros(1, dtype=torch.float32, device=device)  # [rounds], by round number - 1
+        self.round_drop = torch.zeros(1, dtype=torch.float32, device=device)  # [rounds + 1], 0 for rows never seen
         self.beta: float | None = None
 
     def drop(self, table: UtilityTable, clocks: Clocks, rows: Tensor) -> Tensor:
-        step = table.step[rows].long()
-        closed = (table.state[rows] == SEEN) & (step < clocks.num_steps)
-        rounds = clocks.round[torch.where(closed, step, 0)].long() - 1
-        known = closed & (rounds >= 0) & (rounds < len(self.round_drop))
-        return torch.where(known, self.round_drop[torch.where(known, rounds, 0)], 0.0)
+        number = table.round[rows].long()
+        closed = number < len(self.round_drop)  # the round that is open has no value yet
+        return torch.where(closed, self.round_drop[torch.where(closed, number, 0)], 0.0)
 
     def end_round(self, clocks: Clocks, arms: list[int], first_step: int, weight_change: Tensor | None) -> None:
         eta_sum = float(clocks.lr_sum[clocks.num_steps] - clocks.lr_sum[first_step])
@@ -53,10 +51,7 @@ class Historical(LossChangeEstimator):
             for arm in arms:
                 self.first.setdefault(arm, gradient)
             self.previous = gradient
-        rounds = self.round_drop.new_zeros(clocks.num_rounds)
-        rounds[: len(self.round_drop)] = self.round_drop[: clocks.num_rounds]
-        rounds[clocks.num_rounds - 1] = drop
-        self.round_drop = rounds
+        self.round_drop = torch.cat([self.round_drop, self.round_drop.new_tensor([drop])])
 
     def _norm_sq(self, first: Tensor | None, previous: Tensor | None) -> float:
         self.beta = None
@@ -124,6 +119,7 @@ class GradNorm(LossChangeEstimator):
         # What `drop` uses: coefficients (c, d, e) [kinds, 3], arm offsets c_k [kinds, K], index of kappa.
         self.coefficients, self.offsets = zeros(kinds, 3), zeros(kinds, num_arms)
         self.best = torch.zeros((), dtype=torch.int64, device=device)
+        self.round_lr = 1.0  # the unit of tau at the last fit: regression uses raw sums, reports this unit
 
     def _features(self, table: UtilityTable, clocks: Clocks, rows: Tensor) -> Tensor:
         """Features of each kappa's regression, fp64 [kinds, R, 3]."""
@@ -152,7 +148,7 @@ class GradNorm(LossChangeEstimator):
     def pair(self, table: UtilityTable, clocks: Clocks, rows: Tensor, loss: Tensor, valid: Tensor) -> None:
         # A row seen again before any optimizer step teaches nothing: its features are all 0.
         weight = (valid & (table.step[rows] < clocks.num_steps)).double()
-        revisit = weight * (table.state[rows] == SEEN)
+        revisit = weight * (table.round[rows] > 0)
         arm = table.arm[rows].long()
         features = self._features(table, clocks, rows) * weight[:, None]
         truth = torch.where(weight > 0, (table.loss[rows] - loss).double(), 0.0)
@@ -161,7 +157,7 @@ class GradNorm(LossChangeEstimator):
         self.xty.index_add_(1, arm, features * truth[:, None])
         self.pairs += torch.stack([revisit.sum(), weight.sum()])
 
-    def end_round(self, clocks: Clocks, arms: list[int], first_step: int, weight_change: Tensor | None) -> None:
+    def calibrate(self, clocks: Clocks) -> None:
         xtx, xty = self.xtx.sum(1), self.xty.sum(1)
         # Only what enough pairs speak of is fitted; the rest keeps its prior.
         known = torch.stack([self.pairs[0] >= self.MIN_PAIRS, *[self.pairs[1] >= self.MIN_PAIRS] * 2]).double()
@@ -178,16 +174,18 @@ class GradNorm(LossChangeEstimator):
         prior = self.PRIOR_PAIRS * (square[:, :1] / count[0])
         self.offsets = left / (self.xtx[..., 0, 0] + prior).clamp_min(1e-300) * use[:, :1]
         self.best = self.errors.argmin()
+        self.round_lr = clocks.round_lr
 
     def calibration(self) -> dict[str, Any]:
+        """c, d, e, c_k, kappa; d and e in nats per round at peak learning rate."""
         best = int(self.best)
         c, d, e = self.coefficients[best].tolist()
         revisits, pairs = (int(n) for n in self.pairs.tolist())
         return {
             "estimator": self.name,
             "c": c,
-            "d": d,
-            "e": e,
+            "d": d * self.round_lr,
+            "e": e * self.round_lr,
             "c_k": self.offsets[best].tolist(),
             "kappa": self.KAPPAS[best],
             "pairs": pairs,
@@ -198,8 +196,9 @@ class GradNorm(LossChangeEstimator):
     _state = ("xtx", "xty", "pairs", "errors", "coefficients", "offsets", "best")
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).clone() for name in self._state}
+        return {name: getattr(self, name).clone() for name in self._state} | {"round_lr": self.round_lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self._state:
             setattr(self, name, state[name].to(self.device).clone())
+        self.round_lr = float(state["round_lr"])

@@ -120,8 +120,8 @@ def rank(
         chosen_rank = utility_rank - excluded[group]
         return (chosen_rank >= 0) & (chosen_rank < quotas[group])
     key = noise if choose == "random" else utility.double() / temperature + noise
-    key = key.masked_fill(utility_rank < excluded[group], -torch.inf)
-    return by_rank(key) < quotas[group]
+    allowed = utility_rank >= excluded[group]
+    return allowed & (by_rank(key.masked_fill(~allowed, -torch.inf)) < quotas[group])
 
 
 def gumbel(uniform: Tensor) -> Tensor:

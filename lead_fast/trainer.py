@@ -222,8 +222,8 @@ def run_rounds(
             with clock.part("data"):
                 rows = rnd.rows.tolist()
                 steps = step_batches(samples_of(rows), rows, config)
-            tokens_before, items_before = run.trained_tokens, run.supervised_tokens
-            losses: list[tuple[Tensor, int]] = []
+            tokens_before = run.trained_tokens
+            trained: list[tuple[float, StepResult]] = []
             for number, batches in enumerate(steps):
                 lr = learning_rate(
                     _progress(engine, run, config, used_before, number / len(steps)),
@@ -233,7 +233,7 @@ def run_rounds(
                     result = optimization.step(batches, lr, _timed_observe(engine, clock))
                 with clock.part("estimate"):
                     engine.step(lr=lr, num_items=result.num_items)
-                losses.append((result.loss, result.num_items))
+                trained.append((lr, result))
                 run.num_steps += 1
                 run.trained_tokens += result.num_tokens
                 run.supervised_tokens += result.num_items
@@ -242,18 +242,17 @@ def run_rounds(
             parts = clock.take()
             # `observe` runs inside the step; it is counted once, as estimation.
             parts["step"] = round(parts.get("step", 0.0) - parts.pop("observe", 0.0), 6)
-            record = round_record(rnd, report, run.trained_tokens - tokens_before, run.supervised_tokens - items_before,
-                                  len(steps), losses, parts)  # fmt: skip
-            if not math.isfinite(record["mean_loss"]):
-                raise TrainingError(
-                    f"round {rnd.number}: the loss is not finite ({report.num_quarantined} of {len(rnd)} rows); "
-                    "lower --learning-rate, or look at the rows named in rounds.jsonl"
-                )
+            record = round_record(rnd, report, trained, parts)
             run.rounds.append(record)
             for name, value in parts.items():
                 run.seconds[name] += value
             if on_round is not None:
                 on_round(rnd, record)
+            if record["mean_loss"] is None:
+                raise TrainingError(
+                    f"round {rnd.number}: the loss is not finite ({report.num_quarantined} of {len(rnd)} rows); "
+                    "lower --learning-rate, or look at the quarantined rows in rounds.jsonl"
+                )
             bar.update(run.trained_tokens - tokens_before if config.train_tokens else engine.num_used - used_before)
             bar.set_postfix_str(f"round {rnd.number}, arm {rnd.arm}, loss {record['mean_loss']:.3f}", refresh=False)
             if config.eval_every and rnd.number % config.eval_every == 0:
@@ -282,17 +281,17 @@ def _timed_observe(engine: LeadEngine, clock: Seconds) -> Callable[[Tensor, Samp
 
 
 def round_record(
-    rnd: Round,
-    report: RoundReport,
-    num_tokens: int,
-    num_items: int,
-    num_steps: int,
-    losses: list[tuple[Tensor, int]],
-    seconds: dict[str, float],
+    rnd: Round, report: RoundReport, trained: Sequence[tuple[float, StepResult]], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """One line of rounds.jsonl. Log weights are those after the round's update, probabilities those of its draw."""
-    token_loss = sum(float(loss) * items for loss, items in losses) / max(1, sum(items for _, items in losses))
-    finite = [r if math.isfinite(r) else None for r in report.rewards]
+    """One line of rounds.jsonl. Log weights are those after the round's update, probabilities those of its draw.
+
+    Args:
+        trained: learning rate and result of each optimizer step.
+        seconds: wall-clock seconds by part.
+    """
+    items = [result.num_items for _, result in trained]
+    loss = sum(float(result.loss) * result.num_items for _, result in trained) / max(1, sum(items))
+    rewards = [reward if math.isfinite(reward) else None for reward in report.rewards]
     return {
         "round": rnd.number,
         "arm": rnd.arm,
@@ -302,17 +301,20 @@ def round_record(
         "task_uniforms": rnd.task_uniforms,
         "probs": report.probs.tolist(),
         "log_weights": report.log_weights.tolist(),
-        "reward": finite[0],
-        "rewards": finite,
+        "reward": rewards[0],
+        "rewards": rewards,
         "scaled_rewards": report.scaled_rewards,
         "samples": len(rnd),
         "rows": rnd.rows.tolist(),
-        "tokens": num_tokens,
-        "supervised_tokens": num_items,
-        "steps": num_steps,
-        "mean_loss": token_loss,
+        "tokens": sum(result.num_tokens for _, result in trained),
+        "supervised_tokens": sum(items),
+        "steps": len(trained),
+        "learning_rates": [lr for lr, _ in trained],
+        "step_items": items,
+        "mean_loss": loss if math.isfinite(loss) else None,
         "mean_sample_loss": report.mean_loss if math.isfinite(report.mean_loss) else None,
         "quarantined": report.num_quarantined,
+        "quarantined_rows": report.quarantined,
         "calibration": report.calibration,
         "seconds": seconds,
     }

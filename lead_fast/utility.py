@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-UNSEEN, SEEN, QUARANTINED = 0, 1, 2
-
 
 @dataclass
 class UtilityTable:
     """One entry a row, and one spare entry at the end that takes the writes of rows to be ignored; tensors [N + 1].
 
-    29 bytes a row. A row that was never trained on stands as if seen at step 0 with its first utility as loss.
+    32 bytes a row. A row that was never trained on stands as if seen at step 0 with its first utility as loss.
     """
 
     loss: Tensor  # fp32, mean nll per supervised token when last seen
@@ -31,9 +29,10 @@ class UtilityTable:
     previous_idu: Tensor  # fp32, the same of the visit before
     grad_sq: Tensor  # fp32, G_i / n_i when last seen; 0 if never
     step: Tensor  # int32, optimizer steps completed when last seen
+    round: Tensor  # int32, number of the round when last seen; 0 if never
     arm: Tensor  # int16
     uses: Tensor  # uint8, rounds that chose the row
-    state: Tensor  # uint8: UNSEEN, SEEN or QUARANTINED
+    quarantined: Tensor  # bool, a loss was not finite: never ranked, never in a mean
 
     @classmethod
     def create(cls, first_utility: Tensor, arm: Tensor) -> UtilityTable:
@@ -50,9 +49,10 @@ class UtilityTable:
             previous_idu=loss.clone(),
             grad_sq=zeros(torch.float32),
             step=zeros(torch.int32),
+            round=zeros(torch.int32),
             arm=torch.cat([arm, arm.new_zeros(1)]),
             uses=zeros(torch.uint8),
-            state=zeros(torch.uint8),
+            quarantined=zeros(torch.bool),
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -73,7 +73,6 @@ class Clocks:
         num_items: supervised tokens of step s over all micro-batches and ranks, fp64 [capacity].
         lr_sum: learning rate summed before step s, fp64 [capacity + 1].
         arm_lr_sum: the part of it spent in each arm, fp64 [capacity + 1, K].
-        round: number of the round that step s belongs to, int32 [capacity].
     """
 
     def __init__(self, num_arms: int, device: torch.device, capacity: int = 1024) -> None:
@@ -85,16 +84,14 @@ class Clocks:
         self.num_items = torch.ones(capacity, dtype=torch.float64, device=device)
         self.lr_sum = torch.zeros(capacity + 1, dtype=torch.float64, device=device)
         self.arm_lr_sum = torch.zeros(capacity + 1, num_arms, dtype=torch.float64, device=device)
-        self.round = torch.zeros(capacity, dtype=torch.int32, device=device)
 
-    def step(self, lr: float, num_items: float | Tensor, arms: list[int], round_number: int) -> None:
+    def step(self, lr: float, num_items: float | Tensor, arms: list[int]) -> None:
         """Advances by one optimizer step whose samples came from `arms` in equal parts."""
         s = self.num_steps
         if s + 1 >= len(self.lr):
             self._grow()
         self.lr[s] = lr
         self.num_items[s] = num_items
-        self.round[s] = round_number
         self.lr_sum[s + 1] = self.lr_sum[s] + lr
         self.arm_lr_sum[s + 1] = self.arm_lr_sum[s]
         for arm in arms:
@@ -109,7 +106,7 @@ class Clocks:
             self.round_lr = self.peak_lr * self.num_steps / self.num_rounds
 
     def _grow(self) -> None:
-        for name in ("lr", "num_items", "lr_sum", "arm_lr_sum", "round"):
+        for name in self._tensors:
             old = getattr(self, name)
             setattr(self, name, torch.cat([old, old.new_zeros(old.shape)]))
 
@@ -127,14 +124,15 @@ class Clocks:
         for name in self._tensors:
             getattr(self, name)[: len(state[name])] = state[name].to(getattr(self, name).device)
 
-    _tensors = ("lr", "num_items", "lr_sum", "arm_lr_sum", "round")
+    _tensors = ("lr", "num_items", "lr_sum", "arm_lr_sum")
 
 
 class LossChangeEstimator:
     """How much a row's loss fell since it was last seen. Subclass, and register with `register_estimator`.
 
-    The engine calls `pair` with every observation, before the table takes it, and `end_round` once a round; `drop` must
-    be cheap, since ranking evaluates it for a whole arm. This base class is the estimator `none`: nothing ever changes.
+    The engine calls `pair` with every observation, before the table takes it; `end_round` once a round, before its losses
+    are carried to its end; and `calibrate` last of all, so that no reward holds a change of the coefficients. `drop` must be
+    cheap, since ranking evaluates it for a whole arm. This base class is the estimator `none`: nothing ever changes.
     """
 
     name = "none"
@@ -152,7 +150,10 @@ class LossChangeEstimator:
         """Sees the truth: `loss` fp32 [R] observed now; entries where `valid` (bool [R]) is False are to be ignored."""
 
     def end_round(self, clocks: Clocks, arms: list[int], first_step: int, weight_change: Tensor | None) -> None:
-        """Closes a round whose first optimizer step was `first_step`; refits what is learned."""
+        """Closes a round whose first optimizer step was `first_step`."""
+
+    def calibrate(self, clocks: Clocks) -> None:
+        """Refits what is learned from the pairs so far."""
 
     def calibration(self) -> dict[str, Any]:
         """What a report says of the estimator: coefficients, numbers of pairs, whether the prior is in use."""
@@ -213,40 +214,36 @@ def observe(
     loss: Tensor,
     num_tokens: Tensor,
     grad_norm_sq: Tensor,
-    round_first_step: int,
-) -> tuple[Tensor, Tensor]:
+    round_number: int,
+) -> None:
     """Scatters one micro-batch's statistics into the table.
 
-    Args:
-        rows: int64 [S]; -1 for entries without a row.
-        loss, num_tokens, grad_norm_sq: fp32 [S], see `linear_cross_entropy`.
-        round_first_step: optimizer steps completed when the round began: the smoothing advances once a round.
+    A sample without a row or without supervised tokens is ignored. A non-finite loss quarantines its row for good. Of a row
+    that occurs twice in the micro-batch the last finite loss counts; seen twice in a round, the smoothing advances once.
 
-    Returns:
-        valid: bool [S], entries written (a row, supervised tokens, a finite loss, the last of its duplicates).
-        bad: bool [S], entries quarantined: a non-finite loss marks the row, which is then never ranked or averaged.
+    Args:
+        rows: int64 [S]; -1 for samples without a row.
+        loss, num_tokens, grad_norm_sq: fp32 [S], see `linear_cross_entropy`.
+        round_number: of the round that is open.
 
     No host synchronisation; the result does not depend on the order in which a device executes writes.
     """
     spare = len(table.loss) - 1
     present = (rows >= 0) & (num_tokens > 0)
     finite = torch.isfinite(loss)
-    bad = present & ~finite
-    usable = present & finite & (table.state[torch.where(present, rows, spare)] != QUARANTINED)
+    usable = present & finite & ~table.quarantined[torch.where(present, rows, spare)]
     valid = usable & last_occurrence(torch.where(usable, rows, -1))
     at = torch.where(valid, rows, spare)
 
     estimator.pair(table, clocks, at, loss, valid)
-    first_of_round = (table.state[at] != SEEN) | (table.step[at] < round_first_step)
-    table.previous_idu[at] = torch.where(first_of_round, table.idu[at], table.previous_idu[at])
+    table.previous_idu[at] = table.idu[at]  # `idu` moves at the round's end only
     table.loss[at] = torch.where(valid, loss, 0.0)
     per_token = torch.where(torch.isfinite(grad_norm_sq), grad_norm_sq, 0.0) / num_tokens.clamp_min(1.0)
     table.grad_sq[at] = torch.where(valid, per_token, 0.0)
     table.step[at] = clocks.num_steps
-    table.state[at] = SEEN
-    table.state[torch.where(bad, rows, spare)] = QUARANTINED
-    table.state[spare] = UNSEEN
-    return valid, bad
+    table.round[at] = round_number
+    table.quarantined[torch.where(present & ~finite, rows, spare)] = True
+    table.quarantined[spare] = False
 
 
 class WeightChange:

@@ -1,0 +1,36 @@
+#!/bin/sh
+# On a bare CUDA machine, within ten minutes and without a network: build, test what is marked `cuda`, benchmark, print the table.
+#   .ci/gpu.sh [RESULTS]        folder for logs and tables, benchmarks/results by default
+#
+# The machine's own python (PYTHON, python3) is used as it is: torch, triton, transformers, pybind11, pytest. The package goes
+# into .venv-gpu, which sees that python's packages; nothing is downloaded. Wheels in WHEELS, if set, are installed there first.
+set -eu
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+results=${1:-benchmarks/results}
+venv=.venv-gpu
+
+say() { printf 'gpu: %s\n' "$*" >&2; }
+
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { say "no CUDA device that torch can use"; exit 1; }
+mkdir -p "$results"
+"$python" -m venv --clear "$venv"
+# A venv made from a venv's python sees the base interpreter's packages only, so the parent's are named.
+"$python" -c 'import site; print("\n".join(site.getsitepackages()))' >"$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/parent.pth"
+py="$PWD/$venv/bin/python"
+if [ -n "${WHEELS:-}" ]; then
+    "$py" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
+fi
+say "building"
+LEAD_FAST_CUDA=1 "$py" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+"$py" -m lead_fast.cli doctor | tee "$results/gpu-doctor.txt"
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee -a "$results/gpu-doctor.txt"
+say "testing"
+failed=0
+timeout 200 "$py" -m pytest -q -m cuda --durations=5 tests 2>&1 | tee "$results/gpu-tests.txt" || failed=1
+tail -n 1 "$results/gpu-tests.txt" | grep -q passed || failed=1
+if grep -Eq '[0-9]+ (failed|error)' "$results/gpu-tests.txt"; then failed=1; fi
+say "benchmarking"
+timeout 330 "$py" benchmarks/linear_cross_entropy.py --device cuda --out "$results" || failed=1
+exit $failed
