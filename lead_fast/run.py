@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -47,7 +48,12 @@ def open_inputs(config: PrepareConfig) -> Prepared | Pool:
             raise ValueError(f"{name}: required")
     assert config.pool is not None and config.out is not None
     if (Path(config.pool) / PREPARED_FILE).exists():
-        return load_prepared(Path(config.pool))
+        prepared = load_prepared(Path(config.pool))
+        if config.model is not None or config.model_config is not None:
+            raise ValueError(f"model: {config.pool} was prepared with {prepared.base}; leave --model and --model-config out")
+        if prepared.start is not None and prepared.summary["tuning"] != config.tuning:
+            raise ValueError(f"tuning: {config.pool} was prepared with {prepared.summary['tuning']!r}, got {config.tuning!r}")
+        return prepared
     if (config.model is None) == (config.model_config is None):
         raise ValueError("model: expected exactly one of --model and --model-config")
     rejects = f"{config.out.rstrip('/')}.rejects.jsonl" if config.on_bad_row == "skip" else None
@@ -86,7 +92,11 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
     heldout = None if config.heldout is None else Pool.open(config.heldout)
     assert config.out is not None
     folder = claim_folder(config.out, resume=config.resume)
-    prepared = inputs if isinstance(inputs, Prepared) else prepare(inputs, config, lead, folder / "prepared")
+    if isinstance(inputs, Prepared):
+        # The kind of model decides the default learning rate.
+        prepared, config = inputs, dataclasses.replace(config, model_config=inputs.summary["model_config"])
+    else:
+        prepared = prepare(inputs, config, lead, folder / "prepared")
     write_text(folder / "config.yaml", to_yaml(config, lead.resolve()))
 
     tokenizer = prepared.tokenizer(config)

@@ -100,10 +100,13 @@ def test_two_runs_with_one_seed_are_the_same(run, pool, heldout, tmp_path):
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_prepare_alone_gives_train_the_same_pool(run, pool, heldout, tmp_path):
+def test_prepare_alone_gives_train_the_same_pool(run, pool, heldout, tmp_path, capfd):
     prepared, out = tmp_path / "prepared", tmp_path / "out"
     assert main(["prepare", "--pool", str(pool), "--out", str(prepared), *OPTIONS]) == 0
-    options = ["--max-length", "128", "--step-tokens", "512", "--budget", "24", "--min-rounds", "6", "--learning-rate", "1e-3"]
+    options = ["--max-length", "128", "--step-tokens", "512", "--budget", "24", "--min-rounds", "6"]
+    for wrong, message in ((["--tuning", "full"], "prepared with 'lora'"), (["--model", "x"], "leave --model")):
+        assert main(["train", "--pool", str(prepared), "--out", str(out), *options, *wrong]) == 1
+        assert message in capfd.readouterr().err and not out.exists()
     assert main(["train", "--pool", str(prepared), "--heldout", str(heldout), "--out", str(out), *options]) == 0
     assert (out / "selected.jsonl").read_bytes() == (run / "selected.jsonl").read_bytes()
 

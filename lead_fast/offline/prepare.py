@@ -123,7 +123,8 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
         folder: gets model/ (with `model_config`), start/, scores/, pool/ and prepare.json.
     """
     stages, lead = Stages(folder), lead.resolve()
-    summary: dict[str, Any] = {"rows_read": len(pool), "rows_rejected": pool.num_rejected}
+    summary: dict[str, Any] = {"model_config": config.model_config, "tuning": config.tuning}
+    summary |= {"rows_read": len(pool), "rows_rejected": pool.num_rejected}
     base, pool = _base_model(pool, config, lead.seed, stages, summary)
     summary["base"] = base
     if pool.arm is not None and pool.utility is not None:
