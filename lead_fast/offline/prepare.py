@@ -210,10 +210,13 @@ def _score(
         device = make_accelerator(config).device
         encoder.cuts = type(encoder.cuts)(max_length=config.max_length)
         samples = encoder.encode(pool.iter_messages())
-        scores = score_pool(PackedModel(model), samples, len(pool), pack_tokens=config.pack_tokens, device=device, seed=seed)
-        with stages.write("scores", key, tokens=scores.tokens, cuts=dataclasses.asdict(encoder.cuts)) as (folder, _):
+        with stages.write("scores", key) as (folder, notes):
+            scores = score_pool(
+                PackedModel(model), samples, len(pool), pack_tokens=config.pack_tokens, device=device, seed=seed
+            )
             arrays = {f.name: getattr(scores, f.name) for f in dataclasses.fields(Scores) if f.name != "tokens"}
             save_file(arrays, folder / "scores.safetensors")
+            notes |= {"tokens": scores.tokens, "cuts": dataclasses.asdict(encoder.cuts)}
         if encoder.cuts.prompts or encoder.cuts.answers:
             logger.warning("%s", encoder.cuts)
     notes = stages.notes("scores")
