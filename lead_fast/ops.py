@@ -1,7 +1,7 @@
 """Public operators: schemas, argument checks, fake and autograd rules.
 
-An operator has one overload a backend, all with the same schema and the same contract, which `lead_fast.reference` states:
-`lead_fast::linear_cross_entropy.reference` (any device), `.cpp` (CPU, from the extension) and `.triton` (CUDA).
+An operator has one overload a backend, all with the same schema and the same contract, which `lead_fast.reference`
+states: `lead_fast::linear_cross_entropy.reference` (any device), `.cpp` (CPU, from the extension), `.triton` (CUDA).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from lead_fast import extension, reference
 
 Backend = Literal["triton", "cpp", "reference"]
+Operator = Callable[..., Any]
 Reduction = Literal["mean", "sample_mean", "sum", "none"]
 Stats = Literal["all", "loss"]
 
@@ -27,9 +28,12 @@ _OP = "linear_cross_entropy"
 _STATS_LEVEL = {None: reference.STATS_NONE, "loss": reference.STATS_LOSS, "all": reference.STATS_ALL}
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor cu_seqlens, Tensor token_scale, "
-    "int ignore_index, float softcap, float logit_scale, bool hidden_grad, bool weight_grad, bool bias_grad, int stats) "
-    "-> (Tensor loss, Tensor nll, Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor sample_stats, Tensor bad_labels)"
+    "int ignore_index, float softcap, float logit_scale, bool hidden_grad, bool weight_grad, bool bias_grad, "
+    "int stats) -> (Tensor loss, Tensor nll, Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor sample_stats, "
+    "Tensor bad_labels)"
 )
+_SCALE_OP = "scaled_gradient"
+_SCALE_SCHEMA = "(Tensor gradient, Tensor upstream, ScalarType out_dtype) -> Tensor"
 _logger = logging.getLogger(__name__)
 _bad_labels: dict[torch.device, Tensor] = {}
 
@@ -37,8 +41,8 @@ _bad_labels: dict[torch.device, Tensor] = {}
 class SampleStats(NamedTuple):
     """Statistics of each sample of a batch under unit upstream gradient on each token's nll.
 
-    All fields are detached [S], fp32 (fp64 for fp64 inputs), on the device of the hidden states. A sample without supervised
-    tokens has 0 in all of them; a sample with a NaN has NaN in its own entries only.
+    All fields are detached [S], fp32 (fp64 for fp64 inputs), on the device of the hidden states. A sample without
+    supervised tokens has 0 in all of them; a NaN stays in the entries of the sample it came from.
 
     Source: LEAD (arXiv 2505.07437); `grad_norm_sq` is this project's addition.
     """
@@ -81,33 +85,33 @@ def linear_cross_entropy(
     stats: Stats | None = "all",
     backend: Backend | None = None,
 ) -> LinearCrossEntropyOutput:
-    """Cross-entropy of a linear head, with statistics of each sample, without ever holding the logits of all tokens.
+    """Cross-entropy of a linear head, with statistics of each sample, never holding the logits of all tokens.
 
     The logits of token t are softcap(logit_scale * (weight @ hidden[t] + bias)). With a frozen head it costs two matrix
     products for every reduction; with a trained head three, and four for "none". Gradients are exact under any upstream
-    gradient. A token of weight 0 contributes exactly 0 to the loss and to every gradient, also when its nll is inf or NaN.
-    A supervised label outside [0, V) is never dereferenced: its token's nll, gradient and statistics are NaN, and
+    gradient. A token of weight 0 contributes exactly 0 to the loss and to every gradient, also when its nll is inf or
+    NaN. A supervised label outside [0, V) is never dereferenced: its token's nll, gradient and statistics are NaN, and
     `bad_label_count` says how many there were. Under autocast, hidden, weight and bias are cast to its dtype.
 
     Args:
         hidden: last hidden states, [T, H] or [B, L, H]; fp32, bf16 or fp16 (fp64 on the reference).
         weight: [V, H], the head; dtype and device of `hidden`. Its gradient is accumulated in fp32.
         labels: int64 [T] or [B, L]. Already aligned: labels[t] is the target of hidden[t].
-        cu_seqlens: int32 or int64 [S + 1], where samples begin and end in the flattened tokens, from 0 to T (B * L), not
-            decreasing. None: one sample a row of [B, L, H], or all of [T, H] as one sample.
+        cu_seqlens: int32 or int64 [S + 1], where samples begin and end in the flattened tokens, from 0 to T (B * L),
+            not decreasing. None: one sample a row of [B, L, H], or all of [T, H] as one sample.
         bias: [V], dtype and device of `weight`, or None.
         ignore_index: label of tokens without supervision.
         softcap: logits become softcap * tanh(logits / softcap); None for no cap.
         logit_scale: factor on the logits, before the cap.
-        reduction: "mean" is the mean over supervised tokens, "sample_mean" the mean over samples that have supervised tokens
-            of their mean, "sum" the sum, "none" each token's, 0 where ignored. Without supervised tokens the loss is 0.
-        num_items: divides the sum in place of the number of supervised tokens, for accumulation over micro-batches; an int
-            or a tensor with one element (no synchronisation). With "mean" only.
-        token_weights: floating, shape of `labels`: a constant factor on each token's nll. Denominators and statistics do
-            not depend on it.
+        reduction: "mean" over supervised tokens, "sample_mean" over samples that have supervised tokens of their mean,
+            "sum", or "none": each token's, in the shape of `labels`, 0 where ignored. Without supervised tokens: 0.
+        num_items: divides the sum in place of the number of supervised tokens, for accumulation over micro-batches; an
+            int or a tensor with one element (no synchronisation). With "mean" only.
+        token_weights: floating, shape of `labels`: a constant factor on each token's nll. Denominators and statistics
+            do not depend on it.
         token_index: int64 [M], strictly increasing positions in the flattened tokens, all supervised ones among them;
             the matrix products run over these tokens only. Tokens not listed are ignored.
-        stats: "all", "loss" (the gradient statistics are NaN, and the hidden gradient is computed only where needed) or None.
+        stats: "all", "loss" (the gradient statistics are NaN) or None (no `samples`).
         backend: "triton", "cpp", "reference", or None for the best on the device.
 
     Returns:
@@ -115,8 +119,8 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: a tensor of the wrong dtype.
-        ValueError: a wrong shape, device or option. Values of `cu_seqlens` and `token_index` are checked on the CPU; on CUDA a
-            wrong `cu_seqlens` trips a device-side assertion.
+        ValueError: a wrong shape, device or option. Values of `cu_seqlens` and `token_index` are checked on the CPU; on
+            CUDA a wrong `cu_seqlens` trips a device-side assertion.
         RuntimeError: `backend` names one that is not available here.
         NotImplementedError: on backward with create_graph=True.
 
@@ -192,7 +196,7 @@ def _token_scale(
     token_weights: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """[T] derivative of the loss by each token's nll, exactly 0 for ignored tokens; fp32, fp64 for fp64 hidden states."""
+    """[T] derivative of the loss by each token's nll, exactly 0 for ignored tokens; fp32, or fp64 for fp64 inputs."""
     dtype = torch.promote_types(dtype, torch.float32)
     supervised = labels != ignore_index
     if reduction == "mean":
@@ -248,7 +252,7 @@ def _check_arguments(
     _require(labels.shape == tokens, "labels", f"int64 {expected}", labels)
     _require(weight.dtype == hidden.dtype, "weight", f"{hidden.dtype} like `hidden`", weight, TypeError)
     _require(weight.dim() == 2 and weight.shape[1] == hidden.shape[-1], "weight", f"[V, {hidden.shape[-1]}]", weight)
-    _require(weight.shape[0] > 0, "weight", "[V, H] with V > 0", weight)
+    _require(weight.shape[0] > 0 and weight.shape[1] > 0, "weight", "[V, H] with V > 0 and H > 0", weight)
     if bias is not None:
         _require(bias.dtype == weight.dtype, "bias", f"{weight.dtype} like `weight`", bias, TypeError)
         _require(bias.shape == weight.shape[:1], "bias", f"[{weight.shape[0]}]", bias)
@@ -309,7 +313,7 @@ def _check_options(
             _require(num_items >= 0, "num_items", "0 or more", num_items)
 
 
-def _resolve(backend: Backend | None, hidden: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+def _resolve(backend: Backend | None, hidden: Tensor) -> Operator:
     """The operator overload that serves `backend`, or the best one for the device and dtype of `hidden`."""
     device, dtype = hidden.device.type, hidden.dtype
     if backend is None:
@@ -380,67 +384,90 @@ def _forward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, cu_seqlens, token_scale, *options = inputs
     _, nll, d_hidden, d_weight, d_bias, sample_stats, bad_labels = output
-    ctx.options, (*_, ctx.weight_grad, ctx.bias_grad, _) = options[:3], options
+    *_, hidden_grad, ctx.weight_grad, ctx.bias_grad, _ = options
+    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    if needs_hidden and not hidden_grad:
+        raise ValueError(f"{_OP}: `hidden_grad` must be True where `hidden` requires a gradient, got False")
+    ctx.options, ctx.weight_dtype = options[:3], weight.dtype
     ctx.set_materialize_grads(False)
     fixed = [d_hidden, d_weight, d_bias, sample_stats, bad_labels]
     if ctx.weight_grad or ctx.bias_grad:
         fixed.append(nll)  # dW in forward holds for one upstream factor on `loss` alone
     ctx.mark_non_differentiable(*fixed)
-    recompute = (ctx.needs_input_grad[1] and not ctx.weight_grad) or (ctx.needs_input_grad[2] and not ctx.bias_grad)
+    recompute = (needs_weight and not ctx.weight_grad) or (needs_bias and not ctx.bias_grad)
     inputs_again = (hidden, weight, bias, labels, cu_seqlens) if recompute else (None,) * 5
     ctx.save_for_backward(token_scale, d_hidden, d_weight, d_bias, *inputs_again)
 
 
-def _backward(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+def _backward(op: Operator, scaled_gradient: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, grad_loss: Tensor | None, grad_nll: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(f"{_OP}: backward with create_graph=True (a second derivative) is not supported")
         token_scale, d_hidden, d_weight, d_bias, *inputs = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * 13
         if grad_loss is None and grad_nll is None:
-            return (None,) * 13
+            return tuple(grads)
         upstream = torch.zeros_like(token_scale) if grad_nll is None else grad_nll
         if grad_loss is not None:
             upstream = upstream + grad_loss * token_scale
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = _scaled(d_hidden, upstream[:, None]) if needs_hidden else None
-        grad_weight = _scaled(d_weight, grad_loss) if ctx.weight_grad and grad_loss is not None else None
-        grad_bias = _scaled(d_bias, grad_loss) if ctx.bias_grad and grad_loss is not None else None
+        if needs_hidden:
+            grads[0] = scaled_gradient(d_hidden, upstream, d_hidden.dtype)
+        if ctx.weight_grad and grad_loss is not None:
+            grads[1] = scaled_gradient(d_weight, grad_loss, ctx.weight_dtype)
+        if ctx.bias_grad and grad_loss is not None:
+            grads[2] = scaled_gradient(d_bias, grad_loss, ctx.weight_dtype)
         again_weight, again_bias = needs_weight and not ctx.weight_grad, needs_bias and not ctx.bias_grad
         if again_weight or again_bias:
             # The upstream gradient of each token is known only now: the logits once more, then dW.
             again = op(*inputs, upstream, *ctx.options, False, again_weight, again_bias, reference.STATS_NONE)
-            grad_weight = again[3] if again_weight else grad_weight
-            grad_bias = again[4] if again_bias else grad_bias
-        return grad_hidden, grad_weight, grad_bias, *(None,) * 10
+            if again_weight:
+                grads[1] = again[3].to(ctx.weight_dtype)
+            if again_bias:
+                grads[2] = again[4].to(ctx.weight_dtype)
+        return tuple(grads)
 
     return backward
 
 
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient * upstream in the dtype of `gradient`, exactly 0 where `upstream` is 0, also for inf and NaN."""
-    return (gradient * upstream).masked_fill_(upstream == 0, 0).to(gradient.dtype)
+def _scaled_gradient_fake(gradient: Tensor, upstream: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(gradient.shape, dtype=out_dtype)
 
 
 def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
     # Imported at the first call: triton takes a second to import.
-    from lead_fast.kernels import linear_cross_entropy as kernels
+    from lead_fast.kernels import linear_cross_entropy as kernels  # pyright: ignore[reportMissingImports]
 
     return kernels.linear_cross_entropy(*args)
 
 
-def _register(library: torch.library.Library) -> dict[str, Callable[..., tuple[Tensor, ...]]]:
-    """Defines the overloads and their rules; the extension brings the kernel of `.cpp`."""
-    operators: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
+def _triton_scaled_gradient(gradient: Tensor, upstream: Tensor, out_dtype: torch.dtype) -> Tensor:
+    from lead_fast.kernels import scaled_gradient as kernels  # pyright: ignore[reportMissingImports]
+
+    return kernels.scaled_gradient(gradient, upstream, out_dtype)
+
+
+def _register(library: torch.library.Library) -> dict[str, Operator]:
+    """Defines the overloads and their rules; the extension brings the kernels of `.cpp`."""
+    operators: dict[str, Operator] = {}
     for backend in get_args(Backend):
-        library.define(f"{_OP}.{backend}{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
-        name = f"{library.ns}::{_OP}.{backend}"
-        operator = getattr(getattr(torch.ops.lead_fast, _OP), backend)
-        torch.library.register_fake(name, _forward_fake, lib=library)
-        torch.library.register_autograd(name, _backward(operator), setup_context=_setup_context, lib=library)
-        operators[backend] = operator
-    library.impl(f"{_OP}.reference", reference.linear_cross_entropy, "CompositeExplicitAutograd")
-    if _HAS_TRITON:
-        library.impl(f"{_OP}.triton", _triton_forward, "CompositeExplicitAutograd")
+        overloads: list[Operator] = []
+        for name, schema, fake in ((_SCALE_OP, _SCALE_SCHEMA, _scaled_gradient_fake), (_OP, _SCHEMA, _forward_fake)):
+            library.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"{library.ns}::{name}.{backend}", fake, lib=library)
+            overloads.append(getattr(getattr(torch.ops.lead_fast, name), backend))
+        scaled_gradient, operators[backend] = overloads
+        rule = _backward(operators[backend], scaled_gradient)
+        qualified = f"{library.ns}::{_OP}.{backend}"
+        torch.library.register_autograd(qualified, rule, setup_context=_setup_context, lib=library)
+    kernels: dict[str, Callable[..., Any]] = {
+        f"{_OP}.reference": reference.linear_cross_entropy,
+        f"{_SCALE_OP}.reference": reference.scaled_gradient,
+        f"{_OP}.triton": _triton_forward,
+        f"{_SCALE_OP}.triton": _triton_scaled_gradient,
+    }
+    for name, kernel in kernels.items():
+        library.impl(name, kernel, "CompositeExplicitAutograd")
     return operators
 
 

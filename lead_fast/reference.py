@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: the specification that every kernel is tested against, and the fallback without kernels.
+"""The operators in plain PyTorch: what every kernel is tested against, and the fallback where there are no kernels.
 
 Everything here is written to be read. It materialises the full logits, so memory is 4 to 6 times ``T * V * 4`` bytes.
 
@@ -143,3 +143,18 @@ def _sample_stats(
         else:
             row[2:] = torch.where(n > 0, torch.nan, 0.0)
     return out
+
+
+def scaled_gradient(gradient: Tensor, upstream: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """A gradient under unit upstream gradient, times the true one.
+
+    Args:
+        gradient: [R, C] or [C], any floating dtype.
+        upstream: [], or [R] for a gradient [R, C]: one factor a row; fp32, fp64 for an fp64 gradient.
+        out_dtype: dtype of the result; the product is rounded once.
+
+    Returns:
+        gradient * upstream, exactly 0 where `upstream` is 0, also for inf and NaN.
+    """
+    factor = upstream[:, None] if upstream.dim() else upstream
+    return torch.where(factor == 0, 0, gradient * factor).to(out_dtype)

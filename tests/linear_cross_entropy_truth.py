@@ -1,6 +1,7 @@
 """What the tests of `linear_cross_entropy` share: cases, the truth by autograd, and the tolerance rule.
 
-The truth shares no formula with the package: PyTorch's own cross-entropy on full logits, and autograd one sample at a time.
+The truth shares no formula with the package: PyTorch's own cross-entropy on full logits, and autograd one sample at a
+time.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ DTYPES = {
     "cpp": (torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
-# What a kernel may add to the error of plain PyTorch in the same dtype, relative to the largest true value. For 16 bits: the
-# hidden gradient is rounded under unit upstream gradient and once more after scaling.
+# What a kernel may add to the error of plain PyTorch in the same dtype, relative to the largest true value. 16 bits:
+# the hidden gradient is rounded under unit upstream gradient and once more after scaling.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 GRADIENTS = ("hidden", "weight", "bias")
 
@@ -65,7 +66,7 @@ def make_case(
     spread: float = 1.0,
     **options: Any,
 ) -> Case:
-    """Random inputs: samples of the given lengths, a share of tokens ignored, logits with the given standard deviation."""
+    """Random inputs: samples of the given lengths, a share of tokens ignored, logits of standard deviation `spread`."""
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype).double()
@@ -122,7 +123,7 @@ def plain_loss(
 
 
 def plain_stats(case: Case, dtype: torch.dtype) -> SampleStats:
-    """Statistics by autograd, one sample at a time; G_i as the gradient of a map that is inserted at the hidden states."""
+    """Statistics by autograd, one sample at a time; G_i as the gradient of a map inserted at the hidden states."""
     given = case.at(dtype)
     options = {name: case.options[name] for name in ("softcap", "logit_scale") if name in case.options}
     rows = []
@@ -137,8 +138,10 @@ def plain_stats(case: Case, dtype: torch.dtype) -> SampleStats:
         extra = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=dtype, requires_grad=True)
         logits = plain_logits(hidden + hidden @ extra.T, given["weight"].detach(), given.get("bias"), **options)
         nll = F.cross_entropy(logits.to(torch.promote_types(dtype, torch.float32)), labels[kept], reduction="sum")
-        squares = [g.double().square().sum() for g in torch.autograd.grad(nll, (logits, hidden, extra))]
-        rows.append(torch.stack([nll.detach().double() / n, nll.new_tensor(n).double(), squares[0] / n, squares[1] / n, squares[2]]))
+        gradients = torch.autograd.grad(nll, (logits, hidden, extra))
+        per_logit, per_hidden, per_map = (gradient.double().square().sum() for gradient in gradients)
+        count = torch.tensor(n, dtype=torch.float64)
+        rows.append(torch.stack([nll.detach().double() / n, count, per_logit / n, per_hidden / n, per_map]))
     return SampleStats(*torch.stack(rows).unbind(1))
 
 

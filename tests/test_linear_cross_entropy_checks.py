@@ -119,6 +119,29 @@ def test_opcheck(backend: tuple[str, str], weight_grad: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (40, 1000), (3, 40_000), (0, 4)], ids=str)
+def test_scaled_gradient(backend: tuple[str, str], shape: tuple[int, ...]) -> None:
+    """One factor, or one a row; a factor of 0 clears NaN; the product is rounded once."""
+    name, device = backend
+    operator = getattr(torch.ops.lead_fast.scaled_gradient, name)
+    has_rows = len(shape) == 2 and shape[0] > 0
+    factors = [torch.tensor(-1.3), torch.tensor(0.0)]
+    if has_rows:
+        factors.append(torch.randn(shape[0]))
+        factors[-1][1] = 0
+    for dtype, out_dtype in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2):
+        gradient = torch.randn(shape).to(dtype)
+        if has_rows:
+            gradient[1] = torch.nan
+        for factor in factors:
+            rows = factor[:, None] if factor.dim() else factor
+            expected = (gradient.float() * rows).masked_fill(rows == 0, 0).to(out_dtype)
+            found = operator(gradient.to(device), factor.to(device), out_dtype)
+            torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    torch.library.opcheck(operator, (torch.ones(shape, device=device), factors[0].to(device), torch.float32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["sample_mean", "none"])
 def test_under_torch_compile(backend: tuple[str, str], reduction: str) -> None:
     """One graph, forward and backward, the numbers of eager mode; a second shape does not change them."""

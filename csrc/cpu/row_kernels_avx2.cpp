@@ -1,0 +1,21 @@
+// The row kernels for AVX2.
+#if defined(__x86_64__)
+#include <math.h>
+#include <string.h>
+#include "cpu/row_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define LEAD_FAST_VECTOR_WIDTH 8
+#define LEAD_FAST_ROW_KERNELS row_kernels_avx2
+#include "cpu/row_kernels_impl.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
