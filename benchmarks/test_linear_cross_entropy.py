@@ -1,0 +1,309 @@
+"""`linear_cross_entropy` on the CPU against its peers and against the bare matrix products, forward + backward.
+
+    pytest benchmarks                                        one contender a test, by pytest-benchmark
+    python benchmarks/test_linear_cross_entropy.py [--out F] interleaved, with memory: writes Markdown and JSON
+
+Peers are imported, never rewritten; PYTHONPATH may name a folder that holds them. A peer that cannot run is named with
+its reason. The floor is two (frozen head) or three products by torch.mm into memory that is there already: 2 T H V
+flops and at least 4 (T H + V H + T V) bytes each in fp32. Nothing else is in it: no softmax, no page faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interleaved import Call, CannotRunError, Measured, interleave, machine
+
+from lead_fast.ops import linear_cross_entropy
+
+OURS = "lead-fast"
+PLAIN = "plain PyTorch"
+FLOOR = "bare products (torch.mm)"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: T tokens in samples of `sample` tokens, H hidden, V vocabulary."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+    dtype: torch.dtype = torch.float32
+    trained: bool = False
+    ignored: float = 0.0
+    peaked: bool = False  # hidden states near the label's row of the head: p_y as of a trained model
+    sample: int = 512
+
+    def __str__(self) -> str:
+        parts = [
+            f"({self.tokens}, {self.hidden}, {self.vocab})",
+            str(self.dtype).removeprefix("torch."),
+            "trained head" if self.trained else "frozen head",
+        ]
+        parts += [f"{self.ignored:.0%} ignored"] * (self.ignored > 0) + ["peaked"] * self.peaked
+        return ", ".join(parts)
+
+
+MAIN = Case(2048, 576, 49152)
+FULL_CASES = [
+    MAIN,
+    Case(1024, 576, 49152, trained=True),
+    Case(1024, 576, 49152, ignored=0.5),
+]
+SHORT_CASES = [
+    Case(1024, 576, 49152, peaked=True),
+    Case(1024, 576, 49152, dtype=torch.bfloat16),
+    Case(1024, 576, 49152, dtype=torch.bfloat16, trained=True),
+    Case(256, 896, 151936),
+    Case(512, 2048, 32000),
+    Case(4096, 288, 4096),
+]
+SAMPLE_TOKENS = (128, 512, 2048)
+
+
+class Inputs:
+    """Tensors of a case; `zero_grad` before each backward, as a training step does."""
+
+    def __init__(self, case: Case) -> None:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(case.vocab, case.hidden, generator=generator) / case.hidden**0.5
+        self.labels = torch.randint(case.vocab, (case.tokens,), generator=generator)
+        hidden = torch.randn(case.tokens, case.hidden, generator=generator)
+        if case.peaked:
+            hidden = hidden + 10 * weight[self.labels]
+        self.labels[torch.rand(case.tokens, generator=generator) < case.ignored] = -100
+        self.hidden = hidden.to(case.dtype).requires_grad_()
+        self.weight = weight.to(case.dtype).requires_grad_(case.trained)
+        self.cu_seqlens = torch.arange(0, case.tokens + 1, min(case.sample, case.tokens))
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.hidden.grad = self.weight.grad = None
+        loss.backward()
+
+
+def floor(case: Case) -> Call:
+    given = Inputs(case)
+    hidden, weight = given.hidden.detach(), given.weight.detach()
+    logits = torch.empty(case.tokens, case.vocab, dtype=case.dtype)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def call() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight, out=d_hidden)
+        if case.trained:
+            torch.mm(logits.T, hidden, out=d_weight)
+
+    return call
+
+
+def onednn_products(case: Case) -> Call:
+    """The two products as this package runs them in fp32: through oneDNN, 128 rows at a time."""
+    if case.trained or case.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        raise CannotRunError("fp32 with a frozen head only")
+    given = Inputs(case)
+    hidden, weight, transposed = given.hidden.detach(), given.weight.detach(), given.weight.detach().T
+    product = torch.ops.mkldnn._linear_pointwise
+
+    def call() -> None:
+        for rows in hidden.split(128):
+            product(product(rows, weight, None, "none", [], ""), transposed, None, "none", [], "")
+
+    return call
+
+
+def ours(case: Case, stats: Any = "all") -> Call:
+    given = Inputs(case)
+    return lambda: given.backward(
+        linear_cross_entropy(given.hidden, given.weight, given.labels, given.cu_seqlens, stats=stats).loss
+    )
+
+
+def _plain_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+
+
+def plain(case: Case) -> Call:
+    given = Inputs(case)
+    return lambda: given.backward(_plain_loss(given.hidden, given.weight, given.labels))
+
+
+def compiled(case: Case) -> Call:
+    given, loss = Inputs(case), torch.compile(_plain_loss)
+    return lambda: given.backward(loss(given.hidden, given.weight, given.labels))
+
+
+def torch_chunked(case: Case) -> Call:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise CannotRunError(f"torch {torch.__version__} does not have it")
+    given, options = Inputs(case), torch.nn.LinearCrossEntropyOptions()
+    return lambda: given.backward(
+        F.linear_cross_entropy(given.hidden, given.weight, given.labels, ignore_index=-100, options=options)
+    )
+
+
+def trl(case: Case) -> Call:
+    """TRL's fused head as its trainer calls it: supervised tokens only, mean of the per-token log-probabilities."""
+    try:
+        from trl.kernels import ChunkedLogProbFunction
+    except ImportError as error:
+        raise CannotRunError(f"not installed ({error})") from error
+    given = Inputs(case)
+
+    def call() -> None:
+        kept = given.labels != -100
+        hidden, labels = given.hidden[kept], given.labels[kept]
+        logprobs = ChunkedLogProbFunction.apply(hidden, given.weight, None, labels, 1.0, 8192, None, 1.0, ())[0]
+        given.backward(-logprobs.mean())
+
+    return call
+
+
+def cce(case: Case) -> Call:
+    """Its Triton kernels need a GPU; `torch_compile` is what it offers elsewhere."""
+    try:
+        from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+    except ImportError as error:
+        raise CannotRunError(f"not installed ({error})") from error
+    given = Inputs(case)
+    return lambda: given.backward(cut_cross_entropy(given.hidden, given.weight, given.labels, impl="torch_compile"))
+
+
+def liger(case: Case) -> Call:
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as liger_loss
+    except ImportError as error:
+        raise CannotRunError(f"not installed ({error})") from error
+    given = Inputs(case)
+
+    def call() -> None:
+        try:
+            loss = liger_loss.apply(given.hidden, given.weight, given.labels)
+        except Exception as error:  # whatever Triton raises without a GPU
+            raise CannotRunError(f"Triton kernels only ({type(error).__name__})") from error
+        given.backward(loss[0])
+
+    return call
+
+
+CONTENDERS: dict[str, Callable[[Case], Call]] = {
+    FLOOR: floor,
+    "bare products (oneDNN, 128 rows)": onednn_products,
+    OURS: ours,
+    PLAIN: plain,
+    "torch.compile of plain": compiled,
+    "F.linear_cross_entropy(options=...)": torch_chunked,
+    "TRL fused head": trl,
+    "cut-cross-entropy (torch_compile)": cce,
+    "liger-kernel": liger,
+}
+SHORT = (FLOOR, OURS, PLAIN)
+
+
+@pytest.mark.parametrize("case", [Case(256, 288, 8192), Case(256, 288, 8192, trained=True)], ids=str)
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_forward_and_backward(benchmark: Any, name: str, case: Case) -> None:
+    benchmark.group = str(case)
+    try:
+        call = CONTENDERS[name](case)
+        call()
+    except CannotRunError as reason:
+        pytest.skip(str(reason))
+    benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+
+
+def bind(function: Callable[..., Call], *arguments: Any) -> Callable[[], Call]:
+    return lambda: function(*arguments)
+
+
+def measure(case: Case, names: tuple[str, ...], rounds: int) -> dict[str, Measured]:
+    return interleave({name: bind(CONTENDERS[name], case) for name in names}, rounds)
+
+
+def measure_stats(case: Case, rounds: int) -> dict[str, Measured]:
+    levels = {"no statistics": None, '"loss"': "loss", '"all"': "all"}
+    return interleave({name: bind(ours, case, level) for name, level in levels.items()}, rounds)
+
+
+def case_table(case: Case, measured: dict[str, Measured]) -> list[str]:
+    rows = [
+        f"### {case}",
+        "",
+        "| | median ms | min to max | x floor | lead-fast is faster by | peak MiB | % of plain's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    base = measured[PLAIN].peak_mib
+    for name, m in measured.items():
+        if m.refused is not None:
+            rows.append(f"| {name} | does not run: {m.refused} | | | | | |")
+            continue
+        faster = m.ratio_to(measured[OURS])
+        spread = f"{min(m.times_ms):.0f} to {max(m.times_ms):.0f}"
+        rows.append(
+            f"| {name} | {m.median_ms:.0f} | {spread} | {m.ratio_to(measured[FLOOR]):.2f} | {faster:.2f} | "
+            f"{m.peak_mib:.0f} | {100 * m.peak_mib / base:.1f} |"
+        )
+    return [*rows, ""]
+
+
+def stats_table(results: dict[int, dict[str, Measured]]) -> list[str]:
+    rows = [
+        "### Price of the statistics",
+        "",
+        f"{MAIN}; time relative to `stats=None`.",
+        "",
+        '| tokens a sample | None, ms | "loss" | "all" |',
+        "|---|---|---|---|",
+    ]
+    for tokens, measured in results.items():
+        none, loss, full = measured.values()
+        rows.append(f"| {tokens} | {none.median_ms:.0f} | {loss.ratio_to(none):.3f} | {full.ratio_to(none):.3f} |")
+    return [*rows, ""]
+
+
+def write(folder: Path, rounds: int) -> None:
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    everything = tuple(CONTENDERS)
+    results = [(case, measure(case, everything, rounds)) for case in FULL_CASES]
+    results += [(case, measure(case, SHORT, rounds)) for case in SHORT_CASES]
+    stats = {n: measure_stats(replace(MAIN, sample=n), rounds) for n in SAMPLE_TOKENS}
+
+    place = machine()
+    lines = [
+        "# linear_cross_entropy on the CPU",
+        "",
+        f"Forward + backward. (T, H, V): tokens, hidden size, vocabulary. Interleaved, {rounds} rounds; a ratio is the "
+        "median over rounds of the ratio within the round. lead-fast returns all statistics.",
+        "Written by `python benchmarks/test_linear_cross_entropy.py`.",
+        "",
+        "Machine: " + ", ".join(f"{key} {value}" for key, value in place.items()) + ".",
+        "",
+    ]
+    for case, measured in results:
+        lines += case_table(case, measured)
+    lines += stats_table(stats)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "linear_cross_entropy_cpu.md").write_text("\n".join(lines))
+    record = {
+        "machine": place,
+        "cases": [{**asdict(c), "dtype": str(c.dtype), "results": [asdict(m) for m in r.values()]} for c, r in results],
+        "statistics": {n: [asdict(m) for m in r.values()] for n, r in stats.items()},
+    }
+    (folder / "linear_cross_entropy_cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    write(arguments.out, arguments.rounds)
