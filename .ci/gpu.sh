@@ -32,5 +32,5 @@ timeout 200 "$py" -m pytest -q -m cuda --durations=5 tests 2>&1 | tee "$results/
 tail -n 1 "$results/gpu-tests.txt" | grep -q passed || failed=1
 if grep -Eq '[0-9]+ (failed|error)' "$results/gpu-tests.txt"; then failed=1; fi
 say "benchmarking"
-timeout 330 "$py" benchmarks/linear_cross_entropy.py --device cuda --out "$results" || failed=1
+timeout 330 "$py" benchmarks/test_linear_cross_entropy.py --device cuda --out "$results" || failed=1
 exit $failed

@@ -1,7 +1,7 @@
-"""`linear_cross_entropy` on the CPU against its peers and against the bare matrix products, forward + backward.
+"""`linear_cross_entropy` against its peers and against the bare matrix products, forward + backward.
 
-    pytest benchmarks                                        one contender a test, by pytest-benchmark
-    python benchmarks/test_linear_cross_entropy.py [--out F] interleaved, with memory: writes Markdown and JSON
+    pytest benchmarks                                             one contender a test, by pytest-benchmark
+    python benchmarks/test_linear_cross_entropy.py [--device cuda] interleaved, with memory: writes Markdown and JSON
 
 Peers are imported, never rewritten; PYTHONPATH may name a folder that holds them. A peer that cannot run is named with
 its reason. The floor is two (frozen head) or three products by torch.mm into memory that is there already: 2 T H V
@@ -42,6 +42,7 @@ class Case:
     ignored: float = 0.0
     peaked: bool = False  # hidden states near the label's row of the head: p_y as of a trained model
     sample: int = 512
+    device: str = "cpu"
 
     def __str__(self) -> str:
         parts = [
@@ -68,6 +69,16 @@ SHORT_CASES = [
     Case(4096, 288, 4096),
 ]
 SAMPLE_TOKENS = (128, 512, 2048)
+_BF16 = {"dtype": torch.bfloat16, "device": "cuda"}
+CUDA_MAIN = Case(8192, 4096, 128256, **_BF16)
+CUDA_SHAPES = ((8192, 4096, 128256), (8192, 2304, 256000), (8192, 2048, 151936), (16384, 5120, 32000))
+CUDA_CASES = [
+    Case(*shape, trained=trained, ignored=ignored, **_BF16)
+    for shape in CUDA_SHAPES
+    for trained in (False, True)
+    for ignored in (0.0, 0.5)
+]
+CUDA_SAMPLE_TOKENS = (128, 512, 2048, 8192)
 
 
 class Inputs:
@@ -81,9 +92,12 @@ class Inputs:
         if case.peaked:
             hidden = hidden + 10 * weight[self.labels]
         self.labels[torch.rand(case.tokens, generator=generator) < case.ignored] = -100
-        self.hidden = hidden.to(case.dtype).requires_grad_()
-        self.weight = weight.to(case.dtype).requires_grad_(case.trained)
-        self.cu_seqlens = torch.arange(0, case.tokens + 1, min(case.sample, case.tokens))
+        self.hidden = hidden.to(case.device, case.dtype).requires_grad_()
+        self.weight = weight.to(case.device, case.dtype).requires_grad_(case.trained)
+        # As the collator knows it: a mask on the device would make the host wait for its count.
+        self.token_index = (self.labels != -100).nonzero().flatten().to(case.device) if case.ignored else None
+        self.labels = self.labels.to(case.device)
+        self.cu_seqlens = torch.arange(0, case.tokens + 1, min(case.sample, case.tokens), device=case.device)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.hidden.grad = self.weight.grad = None
@@ -93,7 +107,9 @@ class Inputs:
 def floor(case: Case) -> Call:
     given = Inputs(case)
     hidden, weight = given.hidden.detach(), given.weight.detach()
-    logits = torch.empty(case.tokens, case.vocab, dtype=case.dtype)
+    if given.token_index is not None and case.device == "cuda":
+        hidden = hidden[given.token_index]  # the products that are needed, as this package runs them
+    logits = hidden.new_empty(len(hidden), case.vocab)
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def call() -> None:
@@ -107,8 +123,8 @@ def floor(case: Case) -> Call:
 
 def onednn_products(case: Case) -> Call:
     """The two products as this package runs them in fp32: through oneDNN, 128 rows at a time."""
-    if case.trained or case.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        raise CannotRunError("fp32 with a frozen head only")
+    if case.trained or case.dtype != torch.float32 or case.device != "cpu" or not torch.backends.mkldnn.is_available():
+        raise CannotRunError("fp32 on the CPU with a frozen head only")
     given = Inputs(case)
     hidden, weight, transposed = given.hidden.detach(), given.weight.detach(), given.weight.detach().T
     product = torch.ops.mkldnn._linear_pointwise
@@ -122,8 +138,11 @@ def onednn_products(case: Case) -> Call:
 
 def ours(case: Case, stats: Any = "all") -> Call:
     given = Inputs(case)
+    token_index = given.token_index if case.device == "cuda" else None  # the CPU operator drops ignored tokens itself
     return lambda: given.backward(
-        linear_cross_entropy(given.hidden, given.weight, given.labels, given.cu_seqlens, stats=stats).loss
+        linear_cross_entropy(
+            given.hidden, given.weight, given.labels, given.cu_seqlens, token_index=token_index, stats=stats
+        ).loss
     )
 
 
@@ -168,13 +187,24 @@ def trl(case: Case) -> Call:
 
 
 def cce(case: Case) -> Call:
-    """Its Triton kernels need a GPU; `torch_compile` is what it offers elsewhere."""
+    """Its own kernels on a GPU; `torch_compile` is what it offers elsewhere."""
     try:
         from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
     except ImportError as error:
         raise CannotRunError(f"not installed ({error})") from error
+    given, impl = Inputs(case), "cce" if case.device == "cuda" else "torch_compile"
+    return lambda: given.backward(cut_cross_entropy(given.hidden, given.weight, given.labels, impl=impl))
+
+
+def quack(case: Case) -> Call:
+    try:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    except ImportError as error:
+        raise CannotRunError(f"not installed ({error})") from error
+    if case.device != "cuda":
+        raise CannotRunError("CuTe kernels only")
     given = Inputs(case)
-    return lambda: given.backward(cut_cross_entropy(given.hidden, given.weight, given.labels, impl="torch_compile"))
+    return lambda: given.backward(chunked_linear_cross_entropy(given.hidden, given.weight, given.labels))
 
 
 def liger(case: Case) -> Call:
@@ -202,8 +232,9 @@ CONTENDERS: dict[str, Callable[[Case], Call]] = {
     "torch.compile of plain": compiled,
     "F.linear_cross_entropy(options=...)": torch_chunked,
     "TRL fused head": trl,
-    "cut-cross-entropy (torch_compile)": cce,
+    "cut-cross-entropy": cce,
     "liger-kernel": liger,
+    "quack-kernels": quack,
 }
 SHORT = (FLOOR, OURS, PLAIN)
 
@@ -254,11 +285,11 @@ def case_table(case: Case, measured: dict[str, Measured]) -> list[str]:
     return [*rows, ""]
 
 
-def stats_table(results: dict[int, dict[str, Measured]]) -> list[str]:
+def stats_table(case: Case, results: dict[int, dict[str, Measured]]) -> list[str]:
     rows = [
         "### Price of the statistics",
         "",
-        f"{MAIN}; time relative to `stats=None`.",
+        f"{case}; time relative to `stats=None`.",
         "",
         '| tokens a sample | None, ms | "loss" | "all" |',
         "|---|---|---|---|",
@@ -269,41 +300,47 @@ def stats_table(results: dict[int, dict[str, Measured]]) -> list[str]:
     return [*rows, ""]
 
 
-def write(folder: Path, rounds: int) -> None:
+def write(folder: Path, rounds: int, device: str) -> None:
     logging.getLogger("torch").setLevel(logging.ERROR)
     everything = tuple(CONTENDERS)
-    results = [(case, measure(case, everything, rounds)) for case in FULL_CASES]
-    results += [(case, measure(case, SHORT, rounds)) for case in SHORT_CASES]
-    stats = {n: measure_stats(replace(MAIN, sample=n), rounds) for n in SAMPLE_TOKENS}
+    if device == "cuda":
+        main, lengths = CUDA_MAIN, CUDA_SAMPLE_TOKENS
+        results = [(case, measure(case, everything, rounds)) for case in CUDA_CASES]
+    else:
+        main, lengths = MAIN, SAMPLE_TOKENS
+        results = [(case, measure(case, everything, rounds)) for case in FULL_CASES]
+        results += [(case, measure(case, SHORT, rounds)) for case in SHORT_CASES]
+    stats = {n: measure_stats(replace(main, sample=n), rounds) for n in lengths}
 
     place = machine()
     lines = [
-        "# linear_cross_entropy on the CPU",
+        f"# linear_cross_entropy on {'a GPU' if device == 'cuda' else 'the CPU'}",
         "",
         f"Forward + backward. (T, H, V): tokens, hidden size, vocabulary. Interleaved, {rounds} rounds; a ratio is the "
         "median over rounds of the ratio within the round. lead-fast returns all statistics.",
-        "Written by `python benchmarks/test_linear_cross_entropy.py`.",
+        f"Written by `python benchmarks/test_linear_cross_entropy.py --device {device}`.",
         "",
         "Machine: " + ", ".join(f"{key} {value}" for key, value in place.items()) + ".",
         "",
     ]
     for case, measured in results:
         lines += case_table(case, measured)
-    lines += stats_table(stats)
+    lines += stats_table(main, stats)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "linear_cross_entropy_cpu.md").write_text("\n".join(lines))
+    (folder / f"linear_cross_entropy_{device}.md").write_text("\n".join(lines))
     record = {
         "machine": place,
         "cases": [{**asdict(c), "dtype": str(c.dtype), "results": [asdict(m) for m in r.values()]} for c, r in results],
         "statistics": {n: [asdict(m) for m in r.values()] for n, r in stats.items()},
     }
-    (folder / "linear_cross_entropy_cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"linear_cross_entropy_{device}.json").write_text(json.dumps(record, indent=1) + "\n")
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="measured calls of each contender (3 on the CPU, 9 on a GPU)")
     arguments = parser.parse_args()
-    write(arguments.out, arguments.rounds)
+    write(arguments.out, arguments.rounds or (9 if arguments.device == "cuda" else 3), arguments.device)
