@@ -15,6 +15,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Case:
     peaked: bool = False  # hidden states near the label's row of the head: p_y as of a trained model
     sample: int = 512
     device: str = "cpu"
+    model: bool = False  # hidden states, head and labels of a small model that was trained on text
 
     def __str__(self) -> str:
         parts = [
@@ -51,6 +53,7 @@ class Case:
             "trained head" if self.trained else "frozen head",
         ]
         parts += [f"{self.ignored:.0%} ignored"] * (self.ignored > 0) + ["peaked"] * self.peaked
+        parts += ["a model's hidden states"] * self.model
         return ", ".join(parts)
 
 
@@ -81,23 +84,50 @@ CUDA_CASES = [
 CUDA_SAMPLE_TOKENS = (128, 512, 2048, 8192)
 
 
+@cache
+def model_states() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Last hidden states [T, H], head [V, H] and labels [T] (prompts ignored) of `--model-config small` after pretraining."""
+    from lead_fast.config import PrepareConfig
+    from lead_fast.demo_pool import demo_rows
+    from lead_fast.models import PackedModel, lm_head, load_model, load_tokenizer
+    from lead_fast.offline.pretrain import pretrained_model
+    from lead_fast.packing import ChatEncoder, pack
+
+    config = PrepareConfig(model_config="small", max_length=256, pretrain_epochs=1.0)
+    folder = pretrained_model([row["messages"] for row in demo_rows(2000, seed=1)], config, seed=0)
+    encoder = ChatEncoder(load_tokenizer(folder), 256)
+    batch = pack(list(encoder.encode([row["messages"] for row in demo_rows(200, seed=2)])))
+    model = PackedModel(load_model(folder, dtype=torch.float32, device=torch.device("cpu")))
+    with torch.no_grad():
+        return model.hidden(batch), lm_head(model.causal_lm).weight.detach(), batch.labels
+
+
+def model_case(device: str, dtype: torch.dtype) -> Case:
+    hidden, weight, _ = model_states()
+    return Case(len(hidden), hidden.shape[1], len(weight), dtype=dtype, device=device, model=True)
+
+
 class Inputs:
     """Tensors of a case; `zero_grad` before each backward, as a training step does."""
 
     def __init__(self, case: Case) -> None:
         generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(case.vocab, case.hidden, generator=generator) / case.hidden**0.5
-        self.labels = torch.randint(case.vocab, (case.tokens,), generator=generator)
-        hidden = torch.randn(case.tokens, case.hidden, generator=generator)
+        if case.model:
+            hidden, weight, labels = model_states()
+            self.labels = labels.clone()
+        else:
+            weight = torch.randn(case.vocab, case.hidden, generator=generator) / case.hidden**0.5
+            self.labels = torch.randint(case.vocab, (case.tokens,), generator=generator)
+            hidden = torch.randn(case.tokens, case.hidden, generator=generator)
         if case.peaked:
             hidden = hidden + 10 * weight[self.labels]
         self.labels[torch.rand(case.tokens, generator=generator) < case.ignored] = -100
-        self.hidden = hidden.to(case.device, case.dtype).requires_grad_()
-        self.weight = weight.to(case.device, case.dtype).requires_grad_(case.trained)
+        self.hidden = hidden.to(case.device, case.dtype).detach().requires_grad_()
+        self.weight = weight.to(case.device, case.dtype).detach().requires_grad_(case.trained)
         # As the collator knows it: a mask on the device would make the host wait for its count.
-        self.token_index = (self.labels != -100).nonzero().flatten().to(case.device) if case.ignored else None
+        self.token_index = (self.labels != -100).nonzero().flatten().to(case.device) if case.ignored or case.model else None
         self.labels = self.labels.to(case.device)
-        self.cu_seqlens = torch.arange(0, case.tokens + 1, min(case.sample, case.tokens), device=case.device)
+        self.cu_seqlens = torch.tensor([*range(0, case.tokens, case.sample), case.tokens], device=case.device)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.hidden.grad = self.weight.grad = None
@@ -310,6 +340,8 @@ def write(folder: Path, rounds: int, device: str) -> None:
         main, lengths = MAIN, SAMPLE_TOKENS
         results = [(case, measure(case, everything, rounds)) for case in FULL_CASES]
         results += [(case, measure(case, SHORT, rounds)) for case in SHORT_CASES]
+    case = model_case(device, main.dtype)
+    results.append((case, measure(case, everything, rounds)))
     stats = {n: measure_stats(replace(main, sample=n), rounds) for n in lengths}
 
     place = machine()
