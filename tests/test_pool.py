@@ -236,10 +236,7 @@ def test_fingerprint_is_that_of_ids_and_text(tmp_path: Path, monkeypatch: pytest
 def numbered(tmp_path: Path, n: int, monkeypatch: pytest.MonkeyPatch) -> Pool:
     """n rows in batches of 7; row i says i."""
     monkeypatch.setattr(rowfile, "BATCH_ROWS", 7)
-    rows = [
-        {"id": f"r{i}", "dataset": f"d{i % 3}", "prompt": f"say {i}", "response": str(i), "arm": i % 4}
-        for i in range(n)
-    ]
+    rows = [{"id": f"r{i}", "dataset": f"d{i % 3}", "prompt": f"say {i}", "response": str(i), "arm": i % 4} for i in range(n)]
     pool = Pool.from_jsonl(write(tmp_path / "numbered.jsonl", rows))
     return pool.with_arrays(utility=np.arange(n), aside=np.arange(n) % 5 == 0)
 
