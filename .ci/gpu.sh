@@ -15,8 +15,8 @@ say() { printf 'gpu: %s\n' "$*" >&2; }
 
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { say "no CUDA device that torch can use"; exit 1; }
 mkdir -p "$results"
-"$python" -m venv --clear "$venv"
-# A venv made from a venv's python sees the base interpreter's packages only, so the parent's are named.
+"$python" -m venv --clear --without-pip "$venv"
+# The python may live in a venv itself, whose packages a new venv does not see: they are named. pip and setuptools are its own.
 "$python" -c 'import site; print("\n".join(site.getsitepackages()))' >"$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/parent.pth"
 py="$PWD/$venv/bin/python"
 if [ -n "${WHEELS:-}" ]; then
