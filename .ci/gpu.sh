@@ -2,8 +2,8 @@
 # On a bare CUDA machine, within ten minutes and without a network: build, test what is marked `cuda`, benchmark, print the table.
 #   .ci/gpu.sh [RESULTS]        folder for logs and tables, benchmarks/results by default
 #
-# The machine's own python (PYTHON, python3) is used as it is: torch, triton, transformers, pybind11, pytest. The package goes
-# into .venv-gpu, which sees that python's packages; nothing is downloaded. Wheels in WHEELS, if set, are installed there first.
+# The machine's own python (PYTHON, python3) is used as it is. The package goes into .venv-gpu, which sees that python's
+# packages; nothing is downloaded. Wheels in the folder WHEELS, if set, are installed there first; what is missing is named.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -22,9 +22,16 @@ py="$PWD/$venv/bin/python"
 if [ -n "${WHEELS:-}" ]; then
     "$py" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
 fi
+missing=$("$py" -c '
+from importlib.util import find_spec
+names = "torch triton transformers accelerate peft safetensors pyarrow sklearn matplotlib yaml tqdm jinja2 numpy"
+names += " pybind11 setuptools pytest pytest_benchmark pytest_timeout hypothesis"
+print(*[name for name in names.split() if find_spec(name) is None])')
+[ -z "$missing" ] || { say "missing: $missing; give their wheels in WHEELS=folder"; exit 1; }
 say "building"
 LEAD_FAST_CUDA=1 "$py" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
-"$py" -m lead_fast.cli doctor | tee "$results/gpu-doctor.txt"
+"$py" -m lead_fast.cli doctor >"$results/gpu-doctor.txt"
+cat "$results/gpu-doctor.txt"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee -a "$results/gpu-doctor.txt"
 say "testing"
 failed=0

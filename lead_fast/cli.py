@@ -65,6 +65,13 @@ def make_configs(options: dict[str, Any], *configs: type) -> list[Any]:
     unknown = sorted(set(options) - names)
     if unknown:
         raise ValueError(f"config: unknown option {', '.join(unknown)}")
+    for config in configs:
+        for f in dataclasses.fields(config):
+            value = options.get(f.name)
+            # YAML reads 1e-3 as text: what the command line would make of it is meant.
+            if isinstance(value, str) and not str(f.type).startswith(("str", "bool")):
+                parse = _int_or_float if str(f.type) == "int | float" else _PARSERS[str(f.type)]
+                options = options | {f.name: parse(value)}
     return [config(**{f.name: options[f.name] for f in dataclasses.fields(config) if f.name in options}) for config in configs]
 
 
@@ -152,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lead-fast: interrupted; finished stages are kept, go on with --resume", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         if arguments.verbose:
             raise
         print(f"lead-fast: error: {error}", file=sys.stderr)

@@ -251,7 +251,7 @@ class LeadEngine:
             )
         if rows.device.type == "cpu" and len(rows) and (int(rows.max()) >= len(self.pool) or int(rows.min()) < -1):
             raise ValueError(f"LeadEngine.observe: `rows` must be in -1..{len(self.pool) - 1}, got {rows.tolist()}")
-        rows = rows.to(self.device, non_blocking=True)
+        rows = rows.to(self.device)
         loss, tokens, grad_norm_sq = (t.to(self.device) for t in (samples.loss, samples.num_tokens, samples.grad_norm_sq))
         observe(self.table, self.clocks, self.estimator, rows, loss, tokens, grad_norm_sq, rnd.number)
 

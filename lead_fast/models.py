@@ -51,6 +51,7 @@ def per_sample_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sample: cost grows with the sum of squared lengths, not the square of the sum.
@@ -63,7 +64,12 @@ def per_sample_attention(
 
     Returns:
         [1, T, heads, D], and None for the weights.
+
+    Raises:
+        ValueError: the model has attention sinks (`s_aux`), which this path does not serve.
     """
+    if s_aux is not None:
+        raise ValueError("per_sample_attention: attention sinks (`s_aux`) are not served")
     bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     outputs = []
     for start, end in pairwise(bounds):
@@ -185,6 +191,44 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
+@torch.no_grad()
+def check_packing(model: PackedModel) -> None:
+    """Compares two packed samples with each of them alone under transformers' own eager attention.
+
+    Raises:
+        ValueError: they differ: the model mixes tokens by something else than attention (convolutions, recurrences,
+            position biases of its own), so packed samples would leak into each other.
+    """
+    causal = model.causal_lm
+    was_training, implementation = model.training, str(causal.config._attn_implementation)
+    model.eval()
+    vocab, device = len(_embedding(causal)), _embedding(causal).device
+    samples = [torch.arange(1, 13, device=device) % vocab, torch.arange(3, 23, device=device) % vocab]
+    lengths = [len(ids) for ids in samples]
+    batch = PackedBatch(
+        input_ids=torch.cat(samples),
+        position_ids=torch.cat([torch.arange(n, device=device) for n in lengths]),
+        labels=torch.cat(samples),
+        cu_seqlens=torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device),
+        rows=torch.full((2,), -1),
+        token_index=torch.arange(sum(lengths), device=device),
+        max_length=max(lengths),
+        num_items=sum(lengths),
+    )
+    packed = model.hidden(batch).float()
+    causal.set_attn_implementation("eager")
+    alone = [causal.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in samples]
+    causal.set_attn_implementation(implementation)
+    model.train(was_training)
+    difference = float((packed - torch.cat(alone).float()).norm() / torch.cat(alone).float().norm())
+    tolerance = 1e-4 if _embedding(causal).dtype == torch.float32 else 5e-2
+    if not difference < tolerance:
+        raise ValueError(
+            f"check_packing: {type(causal).__name__} gives packed samples other hidden states than it gives each alone "
+            f"(relative difference {difference:.2g}); it cannot be trained on packed batches"
+        )
+
+
 class PackedModel(nn.Module):
     """A causal LM behind one call: packed batch in, loss and per-sample statistics out, logits never formed.
 
@@ -196,6 +240,7 @@ class PackedModel(nn.Module):
         super().__init__()
         self.model = model
         check_head(self.causal_lm)
+        check_packing(self)
 
     @property
     def causal_lm(self) -> PreTrainedModel:

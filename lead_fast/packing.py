@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -117,7 +118,11 @@ class ChatEncoder:
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation, as the tokenizer's chat template writes it."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except TemplateError as error:
+            start = messages[0]["content"][:60] if messages else ""
+            raise ValueError(f"ChatEncoder: the chat template refuses the conversation {start!r}...: {error}") from error
         assert isinstance(text, str)
         return text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,6 +110,7 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
 
     rounds_path = folder / "rounds.jsonl"
     rounds_path.unlink(missing_ok=True)
+    shutil.rmtree(folder / "utilities", ignore_errors=True)  # of an attempt before
     with rounds_path.open("a", encoding="utf-8") as rounds_file:
 
         def on_round(rnd: Round, record: dict[str, Any]) -> None:

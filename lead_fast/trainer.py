@@ -31,11 +31,18 @@ class TrainingError(RuntimeError):
 
 
 def make_accelerator(config: PrepareConfig) -> Accelerator:
-    """accelerate decides the device; precision "auto" is bf16 on a GPU that has it, else fp32."""
+    """accelerate decides the device; precision "auto" is bf16 on a GPU that has it, else fp32.
+
+    Raises:
+        TrainingError: started as several processes, each of which would train alone and write the same folder.
+    """
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    if accelerator.num_processes > 1:
+        raise TrainingError(f"several processes are not served yet: start one, got {accelerator.num_processes}")
+    return accelerator
 
 
 def learning_rate(progress: float, *, peak: float, schedule: str, warmup: float) -> float:
@@ -104,11 +111,15 @@ class Optimization:
             total += out.loss.detach()
             if observe is not None:
                 observe(batch.rows, out.samples)
-        if self.max_grad_norm > 0.0:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        limit = self.max_grad_norm if self.max_grad_norm > 0.0 else math.inf
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        # One NaN would reach every weight; its sample is quarantined by the engine, and the step is left out.
+        if norm is None or bool(torch.isfinite(norm)):
+            self.optimizer.step()
+        else:
+            logger.warning("a gradient is not finite: its optimizer step is left out")
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(total, num_items, sum(batch.num_tokens for batch in batches))
 
@@ -290,7 +301,8 @@ def round_record(
         seconds: wall-clock seconds by part.
     """
     items = [result.num_items for _, result in trained]
-    loss = sum(float(result.loss) * result.num_items for _, result in trained) / max(1, sum(items))
+    finite = [result for _, result in trained if math.isfinite(float(result.loss))]
+    loss = sum(float(r.loss) * r.num_items for r in finite) / sum(r.num_items for r in finite) if finite else math.nan
     rewards = [reward if math.isfinite(reward) else None for reward in report.rewards]
     return {
         "round": rnd.number,

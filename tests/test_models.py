@@ -123,3 +123,29 @@ def test_saved_models_load_with_transformers_alone(tokenizer, samples, tmp_path)
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == tokenizer.chat_template
     assert not list((tmp_path / "m").glob("*.bin"))
+
+
+def test_a_sharded_head_is_refused(tokenizer):
+    model = tiny("llama", len(tokenizer))
+    # What ZeRO-3 leaves of a weight outside a forward pass.
+    model.get_output_embeddings().weight = nn.Parameter(torch.empty(0))
+    with pytest.raises(ValueError, match="one whole floating point"):
+        lm_head(model)
+
+
+@pytest.mark.parametrize("kind", ["falcon", "bloom"])
+def test_a_model_whose_packed_samples_would_leak_into_each_other_is_refused(kind, tokenizer):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        n_head=4,
+        n_layer=2,
+        alibi=True,
+    )
+    model = prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    with pytest.raises(ValueError, match="gives packed samples other hidden states"):
+        PackedModel(model)

@@ -179,3 +179,13 @@ def test_ctrl_c_ends_cleanly(pool, tmp_path):
     assert process.returncode == 130
     assert "interrupted" in error and "Traceback" not in error
     assert not list(Path(os.environ["LEAD_FAST_CACHE"]).rglob("*.tmp"))
+
+
+def test_yaml_numbers_without_a_point_are_numbers():
+    from lead_fast.cli import make_configs
+    from lead_fast.config import LeadConfig, TrainConfig, read_yaml
+
+    path = Path(os.environ["LEAD_FAST_CACHE"]) / "numbers.yaml"
+    path.write_text("learning-rate: 1e-3\nbudget: 5e-1\nthreads: 2\nmodel: 1e-3\n")
+    train, lead = make_configs(read_yaml(path), TrainConfig, LeadConfig)
+    assert (train.learning_rate, lead.budget, train.threads, train.model) == (1e-3, 0.5, 2, "1e-3")

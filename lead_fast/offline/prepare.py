@@ -130,6 +130,8 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
     if pool.arm is not None and pool.utility is not None:
         logger.info("the pool brings arms and first utilities: no warm-up, no scoring")
         prepared_pool, start = pool, None
+        if lead.hard_rows == "aside" and pool.difficulty is not None:
+            prepared_pool = pool.with_arrays(aside=pool.aside | (pool.difficulty > 1.0))
     else:
         tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
         encoder = ChatEncoder(tokenizer, config.max_length)
@@ -149,7 +151,7 @@ def _base_model(pool: Pool, config: PrepareConfig, seed: int, stages: Stages, su
     """The base model's path, and the pool without the rows that pretrained it."""
     if config.model_config is None:
         assert config.model is not None
-        return config.model, pool
+        return str(Path(config.model).resolve()) if Path(config.model).exists() else config.model, pool
     order = np.random.default_rng(seed).permutation(len(pool))
     count = max(1, round(config.pretrain_share * len(pool)))
     if count >= len(pool):
@@ -232,7 +234,9 @@ def _cluster(
     difficulty = scores["difficulty"].copy()
     broken = ~np.isfinite(difficulty) | ~np.isfinite(scores["utility"])
     hard = (difficulty > 1.0) & ~broken
-    median = float(np.median(difficulty[~broken])) if (~broken).any() else float("nan")
+    if broken.all():
+        raise ValueError("scores: no row has a finite loss; look at the model, or use --precision fp32")
+    median = float(np.median(difficulty[~broken]))
     summary["difficulty"] = {"median": median, "above_1": int(hard.sum()), "not_finite": int(broken.sum())}
     logger.info("difficulty: median %.3f, %d of %d rows above 1 (the prompt does not help)", median, hard.sum(), len(pool))
     if broken.any():
