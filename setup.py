@@ -165,7 +165,7 @@ def nvcc_for(torch: Torch) -> Path | None:
         problem = f"torch was built for CUDA {torch.cuda}, and {nvcc} is CUDA {release.group(1)}.{release.group(2)}"
         if wish:
             raise BuildError(problem + ".", f"Name a CUDA {torch.cuda} toolkit in CUDA_HOME.")
-        print(f"lead-fast: {problem}: the CUDA operators are not built.")
+        say(f"{problem}: the CUDA operators are not built.")
         return None
     return nvcc
 
@@ -240,13 +240,19 @@ def dependencies(depfile: Path) -> list[Path]:
     return [Path(name) for name in files.split()]
 
 
+def say(text: str) -> None:
+    """One line on stdout; one write, so that lines of several compilers running at once stay apart."""
+    sys.stdout.write(f"lead-fast: {text}\n")
+    sys.stdout.flush()
+
+
 def compile_source(library: Library, source: Path) -> Path:
     """Compiles one source unless its object is newer than everything the last compilation read."""
     target = library.folder / f"{source.stem}.o"
     depfile = target.with_suffix(".d")
     if depfile.exists() and is_current(target, dependencies(depfile)):
         return target
-    print(f"lead-fast: compiling {source.relative_to(ROOT)}", flush=True)
+    say(f"compiling {source.relative_to(ROOT)}")
     target.unlink(missing_ok=True)
     run([*library.compile, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(target)])
     return target
@@ -258,7 +264,7 @@ def link_objects(library: Library, objects: list[Path]) -> None:
     names = "\n".join(map(str, objects))
     if linked.exists() and linked.read_text() == names and is_current(library.output, objects):
         return
-    print(f"lead-fast: linking {library.output.name}", flush=True)
+    say(f"linking {library.output.name}")
     run([*library.link, "-o", str(library.output), *map(str, objects), *library.link_flags])
     linked.write_text(names)
 
