@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,6 +65,17 @@ def test_scores_are_what_two_plain_forward_passes_give(rows, base):
     assert scores.num_tokens.tolist() == [len(s) for s in samples]
     assert scores.embedding.shape == (40, EMBEDDING_SIZE) and np.isfinite(scores.embedding).all()
     assert scores.tokens == sum(len(s) + len(s.alone()) for s in samples)
+
+
+def test_a_row_without_an_answer_token_left_has_no_score(rows, base):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    samples = list(ChatEncoder(tokenizer, 256).encode([row["messages"] for row in rows[:3]]))
+    samples[1] = replace(samples[1], supervised=np.zeros_like(samples[1].supervised))
+    model = PackedModel(build_model("tiny", tokenizer, seed=0, device=CPU))
+    scores = score_pool(model, iter(samples), 3, pack_tokens=300, device=CPU, seed=0)
+    assert np.isfinite(scores.utility).tolist() == np.isfinite(scores.difficulty).tolist() == [True, False, True]
 
 
 def test_arms_are_numbered_from_the_easiest():

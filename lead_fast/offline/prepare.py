@@ -240,7 +240,7 @@ def _cluster(
     summary["difficulty"] = {"median": median, "above_1": int(hard.sum()), "not_finite": int(broken.sum())}
     logger.info("difficulty: median %.3f, %d of %d rows above 1 (the prompt does not help)", median, hard.sum(), len(pool))
     if broken.any():
-        logger.warning("%d rows have a loss that is not finite: set aside", broken.sum())
+        logger.warning("%d rows have no finite loss, or no answer token left within max_length: set aside", broken.sum())
     if not median < _UNUSED_PROMPT:
         logger.warning(
             "median difficulty %.3f: the model hardly uses the prompt yet (0.95 and more mean that knowing the question barely"

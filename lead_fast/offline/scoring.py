@@ -23,7 +23,7 @@ class Scores:
     """Per row of the pool.
 
     Attributes:
-        utility: L(answer | prompt), the first utility, fp32 [N].
+        utility: L(answer | prompt), the first utility, fp32 [N]; NaN where no answer token is left within `max_length`.
         difficulty: L(answer | prompt) / L(answer alone) (IFD), fp32 [N]; above 1 the prompt does not help.
         num_tokens: tokens of the packed sample, int32 [N].
         embedding: mean of the prompt's last hidden states, randomly projected, fp16 [N, 128].
@@ -61,7 +61,8 @@ def score_pool(
             hidden = model.hidden(batch)
             samples_out = model.loss(hidden, batch, stats="loss").samples
             assert samples_out is not None
-            loss = samples_out.loss.float().cpu()
+            # A sample cut so far that no answer token is left has no loss: NaN, and the row is set aside.
+            loss = torch.where(samples_out.num_tokens > 0, samples_out.loss, torch.nan).float().cpu()
             utility.append(loss[0::2])
             alone.append(loss[1::2])
             num_tokens += [len(s) for s in pairs[0::2]]
@@ -69,7 +70,7 @@ def score_pool(
             tokens += batch.num_tokens
             bar.update(len(pairs) // 2)
     first, second = torch.cat(utility), torch.cat(alone)
-    difficulty = torch.where(second > _ALONE_FLOOR, first / second.clamp_min(_ALONE_FLOOR), 1.0)
+    difficulty = torch.where(second <= _ALONE_FLOOR, 1.0, first / second.clamp_min(_ALONE_FLOOR))
     return Scores(first.numpy(), difficulty.numpy(), np.array(num_tokens, np.int32), torch.cat(embedding).numpy(), tokens)
 
 
