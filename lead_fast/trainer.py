@@ -115,8 +115,9 @@ class Optimization:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # One NaN would reach every weight; its sample is quarantined by the engine, and the step is left out.
-        if norm is None or bool(torch.isfinite(norm)):
+        # One NaN would reach every weight; its sample is quarantined by the engine, and the step is left out. In fp16 the
+        # gradient scaler does that itself, and must see the step to lower its scale.
+        if self.accelerator.scaler is not None or norm is None or bool(torch.isfinite(norm)):
             self.optimizer.step()
         else:
             logger.warning("a gradient is not finite: its optimizer step is left out")
