@@ -1,4 +1,4 @@
-"""The only place that touches a transformers model: packed attention, hidden states out, the LM head, LoRA."""
+"""The only place that touches a transformers model: hidden states out, the LM head, loading, LoRA."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_utils import AttentionInterface
 
+from lead_fast.attention import PACKED_ATTENTION
 from lead_fast.ops import LinearCrossEntropyOutput, Reduction, Stats, linear_cross_entropy
 from lead_fast.packing import PackedBatch
 
 logger = logging.getLogger(__name__)
 
-PER_SAMPLE_ATTENTION = "lead_fast_per_sample"
 _QUIET_BYTES = 500_000_000
 
 # Models that need no download: a Llama with tied embeddings; (vocabulary, hidden, layers, heads, KV heads, MLP).
@@ -35,93 +32,6 @@ MODEL_SIZES = {
 }  # fmt: skip
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-# Attention
-
-
-def per_sample_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention inside each packed sample: cost grows with the sum of squared lengths, not the square of the sum.
-
-    Args:
-        query: [1, heads, T, D]; key, value: [1, KV heads, T, D].
-        cu_seq_lens_q: int32 [S + 1], sample boundaries; None is one sample.
-        sliding_window: keys a query sees, itself included; None is all before it.
-        softcap: cap * tanh(scores / cap) before the softmax.
-
-    Returns:
-        [1, T, heads, D], and None for the weights.
-
-    Raises:
-        ValueError: the model has attention sinks (`s_aux`), which this path does not serve.
-    """
-    if s_aux is not None:
-        raise ValueError("per_sample_attention: attention sinks (`s_aux`) are not served")
-    bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
-    outputs = []
-    for start, end in pairwise(bounds):
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        window = sliding_window if sliding_window is not None and sliding_window < end - start else None
-        if softcap is None:
-            mask = None if window is None else _window_mask(end - start, window, query.device)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q,
-                    k,
-                    v,
-                    attn_mask=mask,
-                    dropout_p=dropout,
-                    is_causal=mask is None,
-                    scale=scaling,
-                    enable_gqa=q.shape[1] != k.shape[1],
-                )
-            )
-        else:
-            outputs.append(_softcapped_attention(q, k, v, softcap, scaling, window, dropout))
-    return torch.cat(outputs, 2).transpose(1, 2), None
-
-
-def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    return (distance >= 0) & (distance < (length if window is None else window))
-
-
-def _softcapped_attention(
-    q: Tensor, k: Tensor, v: Tensor, softcap: float, scaling: float | None, window: int | None, dropout: float
-) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_window_mask(q.shape[2], window, q.device), -torch.inf)
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-    return F.dropout(weights, dropout) @ v
-
-
-AttentionInterface.register(PER_SAMPLE_ATTENTION, per_sample_attention)
-
-
-def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """The attention that packed batches use here: flash-attn on a GPU in half precision when installed, else per sample."""
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and find_spec("flash_attn") is not None:
-        return "flash_attention_2"
-    if device.type == "cuda":
-        logger.warning("flash-attn is not used (installed: %s, dtype %s): attention runs sample by sample",
-                       find_spec("flash_attn") is not None, dtype)  # fmt: skip
-    return PER_SAMPLE_ATTENTION
 
 
 # The LM head
@@ -334,7 +244,7 @@ def _embedding(model: PreTrainedModel) -> Tensor:
 def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     """Sets packed attention."""
     weight = _embedding(model)
-    model.set_attn_implementation(choose_attention(weight.device, weight.dtype))
+    model.set_attn_implementation(PACKED_ATTENTION)
     return model
 
 

@@ -107,7 +107,7 @@ class Optimization:
         for number, batch in enumerate(batches):
             batch = batch.to(self.device)
             with self._sync_only(last=number == len(batches) - 1):
-                out = self.model(batch, num_items=max(num_items, 1), stats="loss" if observe is None else "all")
+                out = self.model(batch, num_items=max(num_items, 1), stats=None if observe is None else "all")
                 self.accelerator.backward(out.loss)
             total += out.loss.detach()
             if observe is not None:
