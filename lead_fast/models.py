@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -159,7 +160,10 @@ class PackedModel(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states of a packed batch, [T, H]."""
-        output = self.causal_lm.base_model(
+        return self._run(batch).last_hidden_state[0]
+
+    def _run(self, batch: PackedBatch, **options: Any) -> Any:
+        return self.causal_lm.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
@@ -167,8 +171,8 @@ class PackedModel(nn.Module):
             cu_seq_lens_k=batch.cu_seqlens,
             max_length_q=batch.max_length,
             max_length_k=batch.max_length,
+            **options,
         )
-        return output.last_hidden_state[0]
 
     def forward(
         self,
@@ -178,8 +182,18 @@ class PackedModel(nn.Module):
         num_items: int | Tensor | None = None,
         stats: Stats | None = "all",
     ) -> LinearCrossEntropyOutput:
-        """Loss and statistics of a packed batch; arguments as in `lead_fast.linear_cross_entropy`."""
-        return self.loss(self.hidden(batch), batch, reduction=reduction, num_items=num_items, stats=stats)
+        """Loss and statistics of a packed batch; arguments as in `lead_fast.linear_cross_entropy`.
+
+        A mixture of experts whose configuration sets `output_router_logits` has its load-balancing loss added to a "mean",
+        as its own forward does; under accumulation each micro-batch's counts by its share of `num_items`.
+        """
+        balanced = reduction == "mean" and bool(getattr(self.causal_lm.config, "output_router_logits", False))
+        if not balanced:
+            return self.loss(self.hidden(batch), batch, reduction=reduction, num_items=num_items, stats=stats)
+        output = self._run(batch, output_router_logits=True)
+        out = self.loss(output.last_hidden_state[0], batch, reduction=reduction, num_items=num_items, stats=stats)
+        share = 1.0 if num_items is None else batch.num_items / num_items
+        return out._replace(loss=out.loss + share * _load_balancing_loss(self.causal_lm, output.router_logits))
 
     def loss(
         self,
@@ -197,6 +211,14 @@ class PackedModel(nn.Module):
             logit_scale=head.logit_scale, reduction=reduction, num_items=num_items, token_index=batch.token_index,
             stats=stats,
         )  # fmt: skip
+
+
+def _load_balancing_loss(model: Any, router_logits: tuple[Tensor, ...]) -> Tensor:
+    """The model's own auxiliary loss of its experts, from its modeling module, times its coefficient."""
+    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if function is None:
+        raise ValueError(f"PackedModel: {type(model).__name__} outputs router logits, but has no load_balancing_loss_func")
+    return model.router_aux_loss_coef * function(router_logits, model.num_experts, model.num_experts_per_tok)
 
 
 # Loading, building, saving
@@ -243,7 +265,6 @@ def _embedding(model: PreTrainedModel) -> Tensor:
 
 def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     """Sets packed attention."""
-    weight = _embedding(model)
     model.set_attn_implementation(PACKED_ATTENTION)
     return model
 
