@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -51,6 +51,7 @@ from lead_fast.utility import (
     observed,
     utility,
 )
+from lead_fast.visits import Visits, make_visit
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class LeadEngine:
 
     Attributes:
         record_candidates: rounds carry their candidates. Waits for the device once a round.
-        record_visits: reports carry each observation beside its prediction. Waits for the device at each `observe`.
+        record_visits: reports carry each observation beside its predictions.
 
     Raises:
         ValueError: the pool lacks an array the engine needs, has no selectable row, or holds non-finite utilities.
@@ -130,7 +131,7 @@ class LeadEngine:
         self.table = UtilityTable(torch.from_numpy(first_utility), self.groups)
         self.clocks = Clocks(self.num_arms, self.device)
         self.estimator = self._make_estimator(self.config.estimator)
-        self.shadows: list[LossChangeEstimator] = []
+        self.estimators = {self.config.estimator: self.estimator}  # and shadows, which watch only
         self.bandit = Bandit(self.num_arms, self.config.bandit, self.config.gamma, self.config.share, self.device)
         self.budget = min(self.config.budget_rows(len(pool)), self.groups.num_choosable)
         self.num_rounds, self.num_used = 0, 0
@@ -149,21 +150,23 @@ class LeadEngine:
 
     def track(self, weights: Iterable[Tensor]) -> None:
         """Hands over the trained parameters to estimators that follow their change (`historical`); once, before round 1."""
-        if any(estimator.needs_weights for estimator in self._estimators):
+        if any(estimator.needs_weights for estimator in self.estimators.values()):
             self._weights = WeightChange(weights, seed=self.config.seed)
 
-    def shadow(self, names: Sequence[str]) -> None:
-        """Adds estimators that watch the same table beside the main one and never influence a choice; before round 1.
+    def shadow(self, names: Iterable[str]) -> None:
+        """Adds estimators that watch the same table and never influence a choice; before `track` and round 1.
+
+        Args:
+            names: registered estimators; the one that chooses and those that watch already are passed over.
 
         Raises:
-            ValueError: a name that is not registered, or that watches already. RuntimeError: a round was begun.
+            ValueError: no estimator has such a name. RuntimeError: a round was begun.
         """
         if self.num_rounds:
-            raise RuntimeError(f"LeadEngine.shadow: must come before round 1, got {self.num_rounds} rounds")
+            raise RuntimeError(f"LeadEngine.shadow: must be called before round 1, got round {self.num_rounds}")
         for name in names:
-            if name in self._by_name:
-                raise ValueError(f"LeadEngine.shadow: `names` must be new, got {name!r} again")
-            self.shadows.append(self._make_estimator(name))
+            shadow = self._make_estimator(name)
+            self.estimators.setdefault(name, shadow)
 
     @property
     def progress(self) -> float:
@@ -178,9 +181,9 @@ class LeadEngine:
         """
         if self._round is not None:
             raise RuntimeError(f"LeadEngine.begin_round: round {self._round.number} must be ended first (end_round)")
-        for estimator in self._estimators:
-            if estimator.needs_weights and self._weights is None:
-                raise RuntimeError(f"LeadEngine.begin_round: estimator {estimator.name!r} needs track(parameters) first")
+        following = [name for name, estimator in self.estimators.items() if estimator.needs_weights]
+        if following and self._weights is None:
+            raise RuntimeError(f"LeadEngine.begin_round: estimator {following[0]!r} needs track(parameters) before round 1")
         while self.num_used < self.budget:
             forced = self._first_visits.pop(0) if self._first_visits else None
             if self._choose(self.num_rounds + 1, forced):
@@ -215,7 +218,7 @@ class LeadEngine:
             for t in (loss, num_tokens, grad_norm_sq)
         )
         if self._hooked or self.record_visits:
-            self._show_to_hooks(rows, loss, num_tokens)
+            self._show(rows, loss, num_tokens)
         table, clocks = self.table, self.clocks
         torch.ops.lead_fast.observe(
             rows, loss, num_tokens, grad_norm_sq, None, table.position, table.arm, table.values, table.seen, table.flags,
@@ -242,7 +245,7 @@ class LeadEngine:
         change = None
         if self._weights is not None and begin_weights is not None:
             change = self._weights.snapshot() - begin_weights
-        for estimator in self._estimators:
+        for estimator in self.estimators.values():
             estimator.end_round(clocks, arms, first_step, change)
         at = table.position[rows].long()
         barred = table.flags[QUARANTINED, at] != 0
@@ -255,7 +258,7 @@ class LeadEngine:
         rewards = torch.where(in_arm, gain, 0.0).sum(1) / in_arm.sum(1)
         scaled = self.bandit.update(mask, arms, arm_probs, rewards)
         clocks.end_round()
-        for estimator in self._estimators:
+        for estimator in self.estimators.values():
             estimator.calibrate(clocks)
         self._round = None
         return RoundReport(
@@ -275,10 +278,11 @@ class LeadEngine:
         Raises:
             ValueError: no estimator of that name watches.
         """
-        name = self.estimator.name if estimator is None else estimator
-        if name not in self._by_name:
-            raise ValueError(f"LeadEngine.predicted_loss: `estimator` must be one of {', '.join(self._by_name)}, got {name!r}")
-        return utility(self.table, self.clocks, self._by_name[name], to_device(rows, self.device), self.config.smoothing)[1]
+        name = self.config.estimator if estimator is None else estimator
+        if name not in self.estimators:
+            known = ", ".join(self.estimators)
+            raise ValueError(f"LeadEngine.predicted_loss: `estimator` must be one of {known}, got {name!r}")
+        return utility(self.table, self.clocks, self.estimators[name], to_device(rows, self.device), self.config.smoothing)[1]
 
     # How a round is made.
 
@@ -290,35 +294,31 @@ class LeadEngine:
     def _make_estimator(self, name: str) -> LossChangeEstimator:
         return estimator_class(name)(self.num_arms, self.config.adam_beta1, self.device)
 
-    @property
-    def _estimators(self) -> list[LossChangeEstimator]:
-        return [self.estimator, *self.shadows]
-
-    @property
-    def _by_name(self) -> dict[str, LossChangeEstimator]:
-        return {estimator.name: estimator for estimator in self._estimators}
-
     @cached_property
     def _hooked(self) -> list[LossChangeEstimator]:
         """Estimators with a `pair` of their own."""
-        return [e for e in self._estimators if type(e).pair is not LossChangeEstimator.pair]
+        return [e for e in self.estimators.values() if type(e).pair is not LossChangeEstimator.pair]
 
     @cached_property
     def _pair_state(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        states = [state for e in self._estimators if (state := e.pair_state()) is not None]
+        states = [state for e in self.estimators.values() if (state := e.pair_state()) is not None]
+        if len(states) > 1:
+            raise ValueError(f"LeadEngine: one estimator may have a pair_state, got {len(states)} of {list(self.estimators)}")
         return states[0] if states else (None, None, None)
 
-    def _show_to_hooks(self, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> None:
-        at, seen_now = observed(self.table, rows, loss, num_tokens)
-        for estimator in self._hooked:
-            estimator.pair(self.table, self.clocks, at, seen_now)
+    def _show(self, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> None:
+        """Hands a micro-batch to hooks and records, before the table takes it."""
+        valid = observed(self.table, rows, loss, num_tokens)
         if self.record_visits:
-            table, shown = self.table, self.table.rows[at].long()
-            visit = {"row": shown, "arm": table.arm[at].long(), "round": table.seen[ROUND, at].long(),
-                     "seen_loss": table.values[LOSS, at], "observed": seen_now}  # fmt: skip
-            for name in self._by_name:
-                visit[f"predicted.{name}"] = self.predicted_loss(shown, name)
-            self._visits.append(visit)
+            self._visits.append(make_visit(self.table, self.clocks, self.estimators, rows, loss, valid))
+        spare = len(self.pool)
+        at = torch.where(valid, self.table.position[torch.where(valid, rows, 0)].long(), spare)
+        for estimator in self._hooked:
+            estimator.pair(self.table, self.clocks, at, loss, valid)
+
+    @property
+    def _shadows(self) -> dict[str, LossChangeEstimator]:
+        return {name: e for name, e in self.estimators.items() if e is not self.estimator}
 
     def _choose(self, number: int, forced: int | None) -> bool:
         """Opens round `number` on the arm `forced`, or on arms drawn now; False where that gives no row."""
@@ -364,7 +364,7 @@ class LeadEngine:
 
         self.num_used += int((uses == 0).sum())
         self.num_rounds = number
-        self._visits: list[dict[str, Tensor]] = []
+        self._visits: list[Visits] = []
         self._round = Round(
             number=number, arms=[int(host[0][i]) for i in drawn], rows=rows, utility=idu, probs=host[1],
             uniforms=[] if forced is not None else [float(host[2][i]) for i in drawn], forced=forced is not None,
@@ -430,7 +430,7 @@ class LeadEngine:
             "table": self.table.state_dict(),
             "clocks": self.clocks.state_dict(),
             "estimator": self.estimator.state_dict(),
-            "shadows": {shadow.name: shadow.state_dict() for shadow in self.shadows},
+            "shadows": {name: shadow.state_dict() for name, shadow in self._shadows.items()},
             "bandit": self.bandit.state_dict(),
             "history": {
                 "round": torch.tensor([n for n, rows, _ in self.history for _ in rows], dtype=torch.int64),
@@ -449,15 +449,13 @@ class LeadEngine:
             raise ValueError(f"LeadEngine: state `version` must be {STATE_VERSION}, got {state['version']}")
         if state["pool"] != self.pool.fingerprint:
             raise ValueError(f"LeadEngine: state `pool` must be {self.pool.fingerprint}, got {state['pool']}")
-        if list(state["shadows"]) != [shadow.name for shadow in self.shadows]:
-            raise ValueError(
-                f"LeadEngine: state `shadows` must be {[s.name for s in self.shadows]}, got {list(state['shadows'])}"
-            )
+        if state["shadows"].keys() != self._shadows.keys():
+            raise ValueError(f"LeadEngine: state `shadows` must be {sorted(self._shadows)}, got {sorted(state['shadows'])}")
         self.table.load_state_dict(state["table"])
         self.clocks.load_state_dict(state["clocks"])
         self.estimator.load_state_dict(state["estimator"])
-        for shadow in self.shadows:
-            shadow.load_state_dict(state["shadows"][shadow.name])
+        for name, shadow in self._shadows.items():
+            shadow.load_state_dict(state["shadows"][name])
         self.bandit.load_state_dict(state["bandit"])
         self.num_rounds, self.num_used = int(state["num_rounds"]), int(state["num_used"])
         self._first_visits = list(state["first_visits"])

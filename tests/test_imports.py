@@ -24,7 +24,8 @@ INNER = {
     "selection.py": {"reference_state"},
     "utility.py": {"state", "reference_state", "selection"},
     "estimators.py": {"utility", "reference_state"},
-    "rounds.py": {"utility", "selection"},
+    "visits.py": {"utility", "reference_state"},
+    "rounds.py": {"utility", "selection", "visits"},
     "pool.py": {"files", "rows", "rowfile"},
     "engine.py": {
         "bandit",
@@ -38,6 +39,7 @@ INNER = {
         "rounds",
         "selection",
         "utility",
+        "visits",
     },
 }
 
