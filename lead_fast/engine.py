@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 import lead_fast.estimators  # noqa: F401  registers the estimators by name
 from lead_fast.bandit import Bandit
@@ -26,6 +27,7 @@ from lead_fast.config import LeadConfig
 from lead_fast.device import copy_to_host, to_device
 from lead_fast.files import write_jsonl
 from lead_fast.pool import Pool
+from lead_fast.ranks import Observation, Shards
 from lead_fast.reference_state import (
     CHOOSE,
     IDU,
@@ -40,7 +42,7 @@ from lead_fast.reference_state import (
 )
 from lead_fast.rng import philox_uniform
 from lead_fast.rounds import Round, RoundReport
-from lead_fast.selection import Candidates, Groups, candidate_positions
+from lead_fast.selection import Candidates, Groups, candidate_positions, cut_to_budget
 from lead_fast.utility import (
     Clocks,
     LossChangeEstimator,
@@ -89,6 +91,8 @@ class LeadEngine:
             only, never text.
         config: how to choose.
         device: where the table lives: the training device; None is the CPU.
+        group: the processes that train together, each on its own share of a round's rows; None is this process alone.
+            All must make the same calls; the shares are merged when the round ends.
 
     Attributes:
         record_candidates: rounds carry their candidates. Waits for the device once a round.
@@ -107,7 +111,9 @@ class LeadEngine:
             report = engine.end_round()
     """
 
-    def __init__(self, pool: Pool, config: LeadConfig, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, pool: Pool, config: LeadConfig, device: torch.device | str | None = None, *, group: ProcessGroup | None = None
+    ) -> None:
         self.pool, self.config = pool, config.resolve()
         self.device = torch.device(device or "cpu")
         for name in ("arm", "utility"):
@@ -137,6 +143,7 @@ class LeadEngine:
         self.num_rounds, self.num_used = 0, 0
         self.record_candidates, self.record_visits = False, False
         self.history: list[tuple[int, Tensor, Tensor]] = []  # (round, rows, utility at choice) of every round
+        self._shards = None if group is None else Shards(group)
         self._round: Round | None = None
         self._weights: WeightChange | None = None
         sizes = self.groups.arm_sizes
@@ -217,14 +224,11 @@ class LeadEngine:
             to_device(t, self.device) if t.dtype == torch.float32 else to_device(t, self.device).float()
             for t in (loss, num_tokens, grad_norm_sq)
         )
-        if self._hooked or self.record_visits:
-            self._show(rows, loss, num_tokens)
-        table, clocks = self.table, self.clocks
-        torch.ops.lead_fast.observe(
-            rows, loss, num_tokens, grad_norm_sq, None, table.position, table.arm, table.values, table.seen, table.flags,
-            table.left, clocks.counters, clocks.clock, clocks.unit, *self._pair_state, self.config.adam_beta1,
-            self.config.max_uses, self.groups.num_choosable,
-        )  # fmt: skip
+        observation = Observation(self.clocks.num_steps, rows, loss, num_tokens, grad_norm_sq)
+        if self._shards is None:
+            self._take(observation)
+        else:
+            self._shards.add(observation)
 
     def step(self, *, lr: float, num_items: float | Tensor) -> None:
         """Advances the clocks after an optimizer step.
@@ -242,6 +246,9 @@ class LeadEngine:
         """Closes the round: loss change and utility of its rows, the arms' rewards, the bandit, the calibration."""
         rnd, table, clocks = self._open("end_round"), self.table, self.clocks
         rows, begin_idu, arms, arm_probs, mask, first_step, begin_weights = self._at
+        if self._shards is not None:
+            for observation in self._shards.merge(self.device):
+                self._take(observation)
         change = None
         if self._weights is not None and begin_weights is not None:
             change = self._weights.snapshot() - begin_weights
@@ -306,6 +313,22 @@ class LeadEngine:
             raise ValueError(f"LeadEngine: one estimator may have a pair_state, got {len(states)} of {list(self.estimators)}")
         return states[0] if states else (None, None, None)
 
+    def _take(self, observation: Observation) -> None:
+        """Lets hooks see an observation, and then the table take it, at the step it was made."""
+        table, clocks = self.table, self.clocks
+        step, rows, loss, num_tokens, grad_norm_sq = observation
+        now, steps = None, clocks.num_steps
+        if step != steps:  # of a round that went on since
+            now, clocks.num_steps = torch.full((1,), step, device=self.device), step
+        if self._hooked or self.record_visits:
+            self._show(rows, loss, num_tokens)
+        torch.ops.lead_fast.observe(
+            rows, loss, num_tokens, grad_norm_sq, now, table.position, table.arm, table.values, table.seen, table.flags,
+            table.left, clocks.counters, clocks.clock, clocks.unit, *self._pair_state, self.config.adam_beta1,
+            self.config.max_uses, self.groups.num_choosable,
+        )  # fmt: skip
+        clocks.num_steps = steps
+
     def _show(self, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> None:
         """Hands a micro-batch to hooks and records, before the table takes it."""
         valid = observed(self.table, rows, loss, num_tokens)
@@ -358,7 +381,7 @@ class LeadEngine:
         if not len(rows):
             return False
         chosen_rows = set(rows.tolist()) if candidates else set()
-        rows, idu, uses = self._cut_to_budget(rows, idu, uses)
+        rows, idu, uses = cut_to_budget(rows, idu, uses, self.budget - self.num_used)
         order = philox_uniform(config.seed, STREAM_SHUFFLE, number, rows).argsort(stable=True)
         rows, idu, uses = rows[order], idu[order], uses[order]
 
@@ -391,18 +414,6 @@ class LeadEngine:
             most = max(1, round(tokens))
             cap = most if cap < 0 else min(cap, most)
         return rate, cap, tokens
-
-    def _cut_to_budget(self, rows: Tensor, idu: Tensor, uses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The chosen rows, ascending; rows that are new beyond the budget are cut by utility, lowest first."""
-        rows, order = rows.sort()  # ties go to the lower row, whatever its task
-        idu, uses = idu[order], uses[order]
-        new = uses == 0
-        left = self.budget - self.num_used
-        if int(new.sum()) > left:
-            order = torch.argsort(torch.where(new, idu, torch.inf), descending=True, stable=True)
-            kept = order[: int((~new).sum()) + left].sort().values
-            rows, idu, uses = rows[kept], idu[kept], uses[kept]
-        return rows, idu, uses
 
     def _candidates(self, arm: int, number: int) -> Candidates:
         config = self.config
