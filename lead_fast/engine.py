@@ -29,6 +29,7 @@ from lead_fast.rng import philox_uniform
 from lead_fast.selection import Candidates, Groups, gumbel, rank, task_quotas
 from lead_fast.utility import (
     Clocks,
+    LossChangeEstimator,
     UtilityTable,
     WeightChange,
     estimator_class,
@@ -36,12 +37,13 @@ from lead_fast.utility import (
     lazy_loss,
     observe,
 )
+from lead_fast.visits import Visits, Watch, collect
 
 logger = logging.getLogger(__name__)
 
 # Streams of the counter-based generator: each draw is philox(seed, stream, round, counter), so a resumed run, or a reader
 # of the log, draws the same.
-STREAM_ARM, STREAM_TASKS, STREAM_ROWS, STREAM_SHUFFLE, STREAM_FIRST = range(5)
+STREAM_ARM, STREAM_TASKS, STREAM_ROWS, STREAM_SHUFFLE, STREAM_FIRST, STREAM_AUDIT = range(6)
 
 STATE_VERSION = 1
 
@@ -91,12 +93,13 @@ class RoundReport:
     """What a round did. Tensors stay on the device until a property is read."""
 
     def __init__(self, rnd: Round, reward: Tensor, scaled: list[float], log_w: Tensor, seen: Tensor, loss: Tensor,
-                 quarantined: Tensor, calibration: dict[str, Any]) -> None:  # fmt: skip
+                 quarantined: Tensor, calibration: dict[str, Any], visits: list[Visits] | None = None) -> None:  # fmt: skip
         self._rows = rnd.rows
         self.number, self.arm, self.arms = rnd.number, rnd.arm, rnd.arms
         self.probs, self.uniforms, self.forced = rnd.draw.all_probs, rnd.draw.uniforms, rnd.draw.forced
         self.scaled_rewards, self.log_weights, self.calibration = scaled, log_w, calibration
         self._rewards, self._seen, self._loss, self._quarantined = reward, seen, loss, quarantined
+        self._visits = visits
 
     @cached_property
     def rewards(self) -> list[float]:
@@ -127,6 +130,15 @@ class RoundReport:
     def num_quarantined(self) -> int:
         """Number of those rows."""
         return len(self.quarantined)
+
+    @cached_property
+    def visits(self) -> Visits | None:
+        """Every observation of a row with a finite loss, in order; None unless `LeadEngine.record_visits` was on.
+
+        Columns [n] on the CPU: row int64; arm int16; round_before int32, of the row's visit before, 0 for its first;
+        fp32 loss_before, when last seen or the first utility; predicted.NAME, by each estimator; observed.
+        """
+        return None if self._visits is None else collect(self._visits)
 
     def __repr__(self) -> str:
         return f"RoundReport(number={self.number}, arm={self.arm}, reward={self.reward:.4g}, num_samples={self.num_samples})"
@@ -174,6 +186,9 @@ class LeadEngine:
         self.table = UtilityTable.create(utility, torch.from_numpy(arm.astype(np.int16)).to(self.device))
         self.clocks = Clocks(self.num_arms, self.device)
         self.estimator = estimator_class(self.config.estimator)(self.num_arms, self.config.adam_beta1, self.device)
+        self.estimators = {self.config.estimator: self.estimator}  # and shadows, which watch only
+        self._watch = Watch(self.estimators)
+        self.record_visits = False  # whether the rounds to come keep what `RoundReport.visits` returns
         self.bandit = Bandit(self.num_arms, self.config.bandit, self.config.gamma, self.config.share)
         self.budget = min(self.config.budget_rows(len(pool)), len(self.groups.rows))
         self.num_rounds, self.num_used = 0, 0
@@ -189,9 +204,25 @@ class LeadEngine:
 
     # What the training loop calls.
 
+    def shadow(self, names: Iterable[str]) -> None:
+        """Adds estimators that watch the same table and never influence a choice; before `track` and round 1.
+
+        Args:
+            names: registered estimators; the one that chooses and those that watch already are passed over.
+
+        Raises:
+            ValueError: no estimator has such a name. RuntimeError: a round was begun.
+        """
+        if self.num_rounds:
+            raise RuntimeError(f"LeadEngine.shadow: must be called before round 1, got round {self.num_rounds}")
+        for name in names:
+            cls = estimator_class(name)
+            if name not in self.estimators:
+                self.estimators[name] = cls(self.num_arms, self.config.adam_beta1, self.device)
+
     def track(self, weights: Iterable[Tensor]) -> None:
         """Hands over the trained parameters to estimators that follow their change (`historical`); once, before round 1."""
-        if self.estimator.needs_weights:
+        if any(estimator.needs_weights for estimator in self.estimators.values()):
             self._weights = WeightChange(weights, seed=self.config.seed)
 
     @property
@@ -207,8 +238,9 @@ class LeadEngine:
         """
         if self._round is not None:
             raise RuntimeError(f"LeadEngine.begin_round: round {self._round.number} must be ended first (end_round)")
-        if self.estimator.needs_weights and self._weights is None:
-            raise RuntimeError(f"LeadEngine.begin_round: estimator {self.estimator.name!r} needs track(parameters) first")
+        following = [name for name, estimator in self.estimators.items() if estimator.needs_weights]
+        if following and self._weights is None:
+            raise RuntimeError(f"LeadEngine.begin_round: estimator {following[0]!r} needs track(parameters) before round 1")
         mask = self._arms_left()
         if self.num_used >= self.budget or not bool(mask.any()):
             return None
@@ -229,6 +261,7 @@ class LeadEngine:
         self._rows, self._mask, self._first_step = rows, mask, self.clocks.num_steps
         self._begin_weights = None if self._weights is None else self._weights.snapshot()
         self.history.append((number, self._round.rows, self._round.utility))
+        self._watch.visits, self._watch.record = [], self.record_visits
         return self._round
 
     def observe(self, rows: Tensor, samples: SampleStatistics) -> None:
@@ -253,7 +286,7 @@ class LeadEngine:
             raise ValueError(f"LeadEngine.observe: `rows` must be in -1..{len(self.pool) - 1}, got {rows.tolist()}")
         rows = rows.to(self.device)
         loss, tokens, grad_norm_sq = (t.to(self.device) for t in (samples.loss, samples.num_tokens, samples.grad_norm_sq))
-        observe(self.table, self.clocks, self.estimator, rows, loss, tokens, grad_norm_sq, rnd.number)
+        observe(self.table, self.clocks, self._watch, rows, loss, tokens, grad_norm_sq, rnd.number)
 
     def step(self, *, lr: float, num_items: float | Tensor) -> None:
         """Advances the clocks after an optimizer step.
@@ -273,7 +306,8 @@ class LeadEngine:
         change = None
         if self._weights is not None and self._begin_weights is not None:
             change = self._weights.snapshot() - self._begin_weights
-        self.estimator.end_round(self.clocks, rnd.arms, self._first_step, change)
+        for estimator in self.estimators.values():
+            estimator.end_round(self.clocks, rnd.arms, self._first_step, change)
         table = self.table
         seen = (table.round[rows] == rnd.number) & ~table.quarantined[rows]
         end = idu(table, self.clocks, self.estimator, rows, self.config.smoothing)
@@ -293,16 +327,29 @@ class LeadEngine:
                 logger.warning("round %d: no row of arm %d was observed; its reward is not counted", rnd.number, arm)
                 scaled.append(0.0)
         self.clocks.end_round()
-        self.estimator.calibrate(self.clocks)
+        for estimator in self.estimators.values():
+            estimator.calibrate(self.clocks)
         self._round = None
         return RoundReport(
             rnd, rewards, scaled, self.bandit.log_w.clone(), seen.sum(), loss, table.quarantined[rows],
-            self.estimator.calibration(),
+            self.estimator.calibration(), self._watch.visits if self._watch.record else None,
         )  # fmt: skip
 
     def utility(self, rows: Tensor) -> Tensor:
         """IDU of `rows` (int64 [R]) now, fp32 [R] on the engine's device."""
         return idu(self.table, self.clocks, self.estimator, rows.to(self.device), self.config.smoothing)
+
+    def predicted_loss(self, rows: Tensor, estimator: str | None = None) -> Tensor:
+        """Lhat of `rows` (int64 [R]) now, fp32 [R] on the engine's device.
+
+        Args:
+            estimator: whose prediction; None is the one that chooses, the others are its shadows.
+        """
+        name = self.config.estimator if estimator is None else estimator
+        if name not in self.estimators:
+            known = ", ".join(self.estimators)
+            raise ValueError(f"LeadEngine.predicted_loss: `estimator` must be one of {known}, got {name!r}")
+        return lazy_loss(self.table, self.clocks, self.estimators[name], rows.to(self.device))
 
     # How a round is made.
 
@@ -393,6 +440,7 @@ class LeadEngine:
             "table": self.table.state_dict(),
             "clocks": self.clocks.state_dict(),
             "estimator": self.estimator.state_dict(),
+            "shadows": {name: shadow.state_dict() for name, shadow in self._shadows().items()},
             "bandit": self.bandit.state_dict(),
             "history": {
                 "round": torch.tensor([n for n, rows, _ in self.history for _ in rows], dtype=torch.int64),
@@ -405,12 +453,16 @@ class LeadEngine:
         """Restores `state_dict()` into an engine over the same pool and configuration.
 
         Raises:
-            ValueError: another version, another pool, or arrays of another size.
+            ValueError: another version, pool or set of shadows, or arrays of another size.
         """
         if state["version"] != STATE_VERSION:
             raise ValueError(f"LeadEngine: state `version` must be {STATE_VERSION}, got {state['version']}")
         if state["pool"] != self.pool.fingerprint:
             raise ValueError(f"LeadEngine: state `pool` must be {self.pool.fingerprint}, got {state['pool']}")
+        if state["shadows"].keys() != self._shadows().keys():
+            raise ValueError(f"LeadEngine: state `shadows` must be {sorted(self._shadows())}, got {sorted(state['shadows'])}")
+        for name, shadow in self._shadows().items():
+            shadow.load_state_dict(state["shadows"][name])
         self.table.load_state_dict(state["table"])
         self.clocks.load_state_dict(state["clocks"])
         self.estimator.load_state_dict(state["estimator"])
@@ -420,6 +472,9 @@ class LeadEngine:
         self._round = None
         rounds, rows, utility = (state["history"][k] for k in ("round", "row", "utility"))
         self.history = [(n, rows[rounds == n], utility[rounds == n]) for n in rounds.unique().tolist()]
+
+    def _shadows(self) -> dict[str, LossChangeEstimator]:
+        return {name: e for name, e in self.estimators.items() if e is not self.estimator}
 
     def selected(self) -> list[dict[str, Any]]:
         """Each chosen row once: {"row", "id", "rounds": [...], "utility": [at each choice]}, in order of first choice."""

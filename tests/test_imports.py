@@ -21,8 +21,9 @@ INNER = {
     "selection.py": set(),
     "utility.py": set(),
     "estimators.py": {"utility"},
+    "visits.py": {"utility"},
     "pool.py": {"files", "rows", "rowfile"},
-    "engine.py": {"bandit", "config", "estimators", "files", "pool", "rng", "selection", "utility", "ops"},
+    "engine.py": {"bandit", "config", "estimators", "files", "pool", "rng", "selection", "utility", "ops", "visits"},
 }
 
 
