@@ -179,6 +179,7 @@ def _run_warnings(summary: dict[str, Any]) -> list[str]:
             f"Median difficulty {difficulty['median']:.3f}: the model hardly used the prompt when the arms were made, so "
             "arms by difficulty mean little."
         )
+    warnings += [f"Round {w['round']}: {w['text']}." for w in summary.get("warnings", ())]
     return [f'<p class="warning">{html.escape(w)}</p>' for w in warnings]
 
 
@@ -224,6 +225,6 @@ def _cost_table(summary: dict[str, Any]) -> str:
     body.append(["rounds, all", f"{total:.2f}", "100%"])
     tokens = paragraph(
         f"Tokens: {summary['trained_tokens']:,} trained (forward and backward), {summary['warmup_tokens']:,} in the warm-up, "
-        f"{summary['scoring_tokens']:,} scored (forward only)."
+        f"{summary['scoring_tokens']:,} scored and {summary.get('audit_tokens', 0):,} re-scored for the audit (forward only)."
     )
     return table(["part of the rounds", "seconds", "share"], body) + tokens
