@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lead_fast.config import LeadConfig
 from lead_fast.engine import LeadEngine, Round, RoundReport
+from lead_fast.smoothing import SmoothingMemory, smoothing_values
 from lead_fast.visits import PREDICTED
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ RoundFacts = dict[str, Any]  # of a line of rounds.jsonl: round, arms, rewards, 
 
 _CHECK_EVERY = 5  # rounds
 _MIN_ROUNDS, _MIN_VISITS = 10, 60  # below, a comparison of errors says nothing
-_WORSE_BY = 0.1  # of the error that it is compared with: less is not worth a change
+_WORSE_BY, _SMOOTHING_WORSE_BY = 0.1, 0.25  # of the error that it is compared with: less is not worth a change
 _MIN_T = 3.5  # over rounds, since visits of one round share its noise; asked again every few rounds, so stricter than 2
 _MIN_REWARDS, _DRIFT_T, _DRIFT_SHIFT = 6, 5.0, 1.0  # of an arm in each half of the rounds; shift in deviations
 
@@ -105,46 +105,6 @@ def visit_errors(visits: dict[str, np.ndarray], number: int, estimator: str, mem
     }
 
 
-def smoothing_values(smoothing: float) -> list[float]:
-    """The smoothing coefficient in use, and the ones that it is compared with: none, half, double."""
-    others = (0.0, smoothing / 2.0, min(2.0 * smoothing, 0.9)) if smoothing else (0.05, 0.1, 0.2)
-    return [smoothing, *(b for b in others if b != smoothing)]
-
-
-class SmoothingMemory:
-    """Utilities that visited rows would have under several smoothing coefficients.
-
-    A row's utility before a visit is (1 - b) * Lhat + b * IDU of the visit before last, its first utility where there is
-    none. Its loss at a round's end is taken to be the one observed in the round.
-    """
-
-    def __init__(self, values: Sequence[float]) -> None:
-        self.values = np.array(values)
-        self.utilities: dict[int, np.ndarray] = {}  # of each row visited: after its last visit, and the one before; [2, B]
-
-    def visit(self, rows: np.ndarray, before: np.ndarray, predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
-        """Takes the losses `observed` of `rows` [n], and returns the mean absolute error of their utilities, [B].
-
-        Args:
-            before: loss when last seen; of a row never visited its first utility.
-            predicted: loss predicted for now.
-        """
-        b, errors = self.values, []
-        for row, old, lhat, loss in zip(*(column.tolist() for column in (rows, before, predicted, observed)), strict=True):
-            last, earlier = self.utilities.get(row, (old, old))
-            errors.append(np.abs((1.0 - b) * lhat + b * earlier - loss))
-            self.utilities[row] = np.stack([(1.0 - b) * loss + b * last, np.broadcast_to(last, b.shape)])
-        return np.mean(errors, 0)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        rows = torch.tensor(list(self.utilities), dtype=torch.int64)
-        utilities = np.array(list(self.utilities.values())).reshape(-1, 2, len(self.values))
-        return {"rows": rows, "utilities": torch.from_numpy(utilities)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.utilities = dict(zip(state["rows"].tolist(), state["utilities"].numpy(), strict=True))
-
-
 # The signatures. Each takes the records of the rounds so far and returns what to say, or None.
 
 
@@ -202,7 +162,7 @@ def smoothing_off(rounds: Sequence[RoundFacts], config: LeadConfig) -> dict[str,
     errors = {b: np.array([facts["visits"]["smoothing"][b] for facts in seen]) for b in seen[0]["visits"]["smoothing"]}
     means = {b: float(np.average(error, weights=count)) for b, error in errors.items()}
     best = min(means, key=means.__getitem__)
-    if not _clear(*paired(count, errors[used] - errors[best]), means[best]):
+    if not _clear(*paired(count, errors[used] - errors[best]), means[best], _SMOOTHING_WORSE_BY):
         return None
     text = (
         f"the utility missed the next observed loss by {means[used]:.4f} nats at smoothing {used}, and would have by "
@@ -222,12 +182,13 @@ def arms_drift(rounds: Sequence[RoundFacts], config: LeadConfig) -> dict[str, An
         return None
     worth = []
     for half in halves:
-        means = np.array([half[arm].mean() for arm in arms])
+        rewards = _without_trend({arm: half[arm] for arm in arms})
+        means = np.array([values.mean() for values in rewards.values()])
         # Rewards shrink as training goes on: what counts is an arm's place among the others.
-        spread = math.sqrt(np.mean([half[arm].var(ddof=1) for arm in arms]) + means.var())
+        spread = math.sqrt(np.mean([values.var(ddof=1) for values in rewards.values()]) + means.var())
         if spread == 0.0:
             return None
-        worth.append({arm: (half[arm] - means.mean(), spread) for arm in arms})
+        worth.append({arm: (values - means.mean(), spread) for arm, values in rewards.items()})
     found = []
     for arm in arms:
         (first, unit), (second, unit2) = (half[arm] for half in worth)
@@ -265,8 +226,8 @@ def paired(count: np.ndarray, difference: np.ndarray) -> tuple[float, float]:
     return mean, mean * float(count.sum()) / math.sqrt(spread)
 
 
-def _clear(mean: float, t: float, level: float) -> bool:
-    return mean > _WORSE_BY * level and t > _MIN_T
+def _clear(mean: float, t: float, level: float, worse_by: float = _WORSE_BY) -> bool:
+    return mean > worse_by * level and t > _MIN_T
 
 
 def _visited(rounds: Sequence[RoundFacts]) -> list[RoundFacts]:
@@ -282,12 +243,21 @@ def _columns(seen: Sequence[RoundFacts], *names: str) -> list[np.ndarray]:
 
 
 def _rewards(rounds: Sequence[RoundFacts]) -> dict[int, np.ndarray]:
-    rewards: dict[int, list[float]] = {}
+    """Round and reward, [n, 2], of each arm."""
+    rewards: dict[int, list[tuple[int, float]]] = {}
     for facts in rounds:
         for arm, reward in zip(facts["arms"], facts["rewards"], strict=True):
             if reward is not None:
-                rewards.setdefault(arm, []).append(reward)
+                rewards.setdefault(arm, []).append((facts["round"], reward))
     return {arm: np.array(values) for arm, values in rewards.items()}
+
+
+def _without_trend(rewards: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Rewards [n] of each arm without the linear trend over the rounds that all arms share, as they stand at its middle."""
+    centred = np.concatenate([values - values.mean(0) for values in rewards.values()])
+    slope = float(centred[:, 0] @ centred[:, 1]) / max(float(centred[:, 0] @ centred[:, 0]), 1e-300)
+    middle = np.concatenate(list(rewards.values()))[:, 0].mean()
+    return {arm: values[:, 1] - slope * (values[:, 0] - middle) for arm, values in rewards.items()}
 
 
 def _span(rounds: Sequence[RoundFacts]) -> str:
