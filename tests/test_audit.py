@@ -247,6 +247,19 @@ def test_the_command_prints_a_table_and_writes_a_page(runs, capfd):
     assert html.count("<svg") == 8 and "<script" not in html and not re.search(r'(src|href)="(?!#)', html)
 
 
+def test_warnings_stand_in_the_report(runs, tmp_path):
+    for name in ("rounds.jsonl", "summary.json"):
+        (tmp_path / name).write_text((runs[0] / name).read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["warnings"] == [w for r in read_jsonl(tmp_path / "rounds.jsonl") for w in r["warnings"]]
+    summary["warnings"] = [{"kind": "drift", "round": 7, "text": "arm 3 < arm 4", "option": "bandit", "value": "exp3s"}]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert main(["report", str(tmp_path)]) == 0
+    html = (tmp_path / "report.html").read_text()
+    assert '<p class="warning">Round 7: arm 3 &lt; arm 4.</p>' in html
+    assert f"{summary['audit_tokens']:,} re-scored for the audit" in html and "<td>audit</td>" in html
+
+
 def test_wrong_options_are_named(tmp_path, capfd):
     write_jsonl(tmp_path / "pool.jsonl", demo_rows(20, seed=1))
     options = ["train", "--model-config", "tiny", "--pool", str(tmp_path / "pool.jsonl"), "--out", str(tmp_path / "out")]
