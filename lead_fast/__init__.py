@@ -14,9 +14,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lead_fast.audit import audit
     from lead_fast.config import LeadConfig
-    from lead_fast.engine import LeadEngine, Round, RoundReport
+    from lead_fast.engine import LeadEngine
     from lead_fast.ops import SampleStats, linear_cross_entropy
     from lead_fast.pool import Pool
+    from lead_fast.rounds import Round, RoundReport
     from lead_fast.utility import LossChangeEstimator, register_estimator
 
 __all__ = [
@@ -37,8 +38,8 @@ _HOMES = {
     "LeadEngine": "engine",
     "LossChangeEstimator": "utility",
     "Pool": "pool",
-    "Round": "engine",
-    "RoundReport": "engine",
+    "Round": "rounds",
+    "RoundReport": "rounds",
     "SampleStats": "ops",
     "audit": "audit",
     "linear_cross_entropy": "ops",

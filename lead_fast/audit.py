@@ -25,7 +25,7 @@ AUDIT_FOLDER = "audit"
 SOURCES = ("rescored", "visits")
 STAGES = ("early", "middle", "late")  # thirds of the run's rounds
 _PREDICTED = "predicted."
-_INTEGERS, _LOSSES = ("round", "row", "arm", "round_before"), ("loss_before", "observed")
+_INTEGERS, _LOSSES = ("round", "row", "arm", "seen_round"), ("seen_loss", "observed")
 
 # A predicted change is a difference of two fp32 losses: equal changes differ by their rounding, up to this many nats.
 _CHANGE_GRID = 1e-5
@@ -37,7 +37,7 @@ class Records:
     """Predicted losses beside true ones, NumPy arrays [n].
 
     Attributes:
-        columns: int64 round (of the truth), row, arm, round_before (when last trained on, 0: never); fp64 loss_before (when
+        columns: int64 round (of the truth), row, arm, seen_round (when last trained on, 0: never); fp64 seen_loss (when
             last seen, or the first utility) and observed, in nats per supervised token.
         predicted: fp64, by estimator.
     """
@@ -116,7 +116,7 @@ def prediction_errors(records: Records, estimator: str) -> dict[str, Any]:
         number of rows, where a value common to the round counts for nothing; top_overlap (highest tenth of losses). None
         where too few entries say nothing.
     """
-    predicted, true, before = records.predicted[estimator], records["observed"], records["loss_before"]
+    predicted, true, before = records.predicted[estimator], records["observed"], records["seen_loss"]
     if not len(records):
         return {"n": 0} | dict.fromkeys(("mae", "bias", *_RANKED))
     change, true_change = np.round((predicted - before) / _CHANGE_GRID), true - before
@@ -255,7 +255,7 @@ def audit(run: str | Path) -> AuditReport:
     num_rounds = max(int(records["round"].max(initial=1)) for records in found.values())
     parts = {}
     for source, records in found.items():
-        untouched = records["round_before"] == 0
+        untouched = records["seen_round"] == 0
         parts |= {(source, "trained"): records.where(~untouched), (source, "untouched"): records.where(untouched)}
     estimators = list(next(iter(found.values())).predicted)
     labelled = [({"source": source, "rows": rows}, records) for (source, rows), records in parts.items()]

@@ -111,7 +111,7 @@ def _plots(report: AuditReport, source: str) -> list[str]:
 
 def _plot_scatter(report: AuditReport, source: str, names: tuple[str, str], axes: Any, *, change: bool) -> None:
     shown = [(name, _sample(report.records[source, kind])) for name, kind in zip(names, _KINDS, strict=True)]
-    bases = [records["loss_before"] if change else 0.0 for _, records in shown]
+    bases = [records["seen_loss"] if change else 0.0 for _, records in shown]
     truths = [records["observed"] - base for (_, records), base in zip(shown, bases, strict=True)]
     low, high = float(min(t.min(initial=np.inf) for t in truths)), float(max(t.max(initial=-np.inf) for t in truths))
     margin = 0.04 * (high - low) or 1.0

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lead_fast.audit import write_records
 from lead_fast.config import TrainConfig
-from lead_fast.engine import STREAM_AUDIT, LeadEngine, Round, RoundReport
+from lead_fast.engine import LeadEngine
+from lead_fast.reference_state import STREAM_AUDIT
 from lead_fast.rng import philox_uniform
-from lead_fast.visits import PREDICTED
+from lead_fast.rounds import Round, RoundReport
 
 #: true losses of rows now, fp32 [n] on the CPU, and the tokens of the forward passes that gave them
 Scorer = Callable[[Sequence[int]], tuple[Tensor, int]]
@@ -33,7 +34,7 @@ class Auditor:
     def __init__(self, engine: LeadEngine, config: TrainConfig, score: Scorer, folder: Path) -> None:
         self.engine, self.score, self.folder = engine, score, folder
         self.every, self.num_rows = config.audit_every, config.audit_rows
-        engine.shadow(config.audited)
+        engine.shadow([name for name in config.audited if name != engine.estimator.name])
         engine.record_visits = True
 
     def after_round(self, rnd: Round, report: RoundReport) -> dict[str, Any]:
@@ -43,19 +44,20 @@ class Auditor:
             {"audit": {"rows": re-scored, "tokens": forward tokens}} where rows were re-scored, for the round's record.
         """
         if report.visits:
-            write_records(self.folder, "visits", rnd.number, report.visits)
+            seen = {"seen_round" if name == "round" else name: column for name, column in report.visits.items()}
+            write_records(self.folder, "visits", rnd.number, seen)
         if rnd.number % self.every:
             return {}
-        rows, round_before = audit_rows(self.engine, rnd.number, self.num_rows)
+        rows, seen_round = audit_rows(self.engine, rnd.number, self.num_rows)
         # Predicted before they are scored: a scorer that touched the engine could not make the audit look better.
         columns: dict[str, Any] = {
             "row": rows,
             "arm": np.asarray(self.engine.pool.arm)[rows.numpy()],
-            "round_before": round_before,
-            "loss_before": self.engine.predicted_loss(rows, "none").cpu(),
+            "seen_round": seen_round,
+            "seen_loss": self.engine.predicted_loss(rows, "none").cpu(),
         }
-        for name in self.engine.estimators:
-            columns[PREDICTED + name] = self.engine.predicted_loss(rows, name).cpu()
+        for name in (self.engine.estimator.name, *(shadow.name for shadow in self.engine.shadows)):
+            columns[f"predicted.{name}"] = self.engine.predicted_loss(rows, name).cpu()
         columns["observed"], tokens = self.score(rows.tolist())
         write_records(self.folder, "rescored", rnd.number, columns)
         return {"audit": {"rows": len(rows), "tokens": tokens}}
@@ -71,7 +73,7 @@ def audit_rows(engine: LeadEngine, number: int, count: int) -> tuple[Tensor, Ten
     Returns:
         Rows, int64 [n] on the CPU, ascending, and the round in which each was chosen last, int32 [n], 0 for never.
     """
-    choosable = engine.groups.rows.cpu()
+    choosable = engine.groups.choosable_rows().cpu()
     last = torch.zeros(len(engine.pool), dtype=torch.int32)
     for round_number, rows, _ in engine.history:
         last[rows] = round_number

@@ -17,13 +17,14 @@ import torch
 from lead_fast.audit import AUDIT_FOLDER
 from lead_fast.auditor import Auditor, Scorer
 from lead_fast.config import LeadConfig, PrepareConfig, TrainConfig, to_yaml
-from lead_fast.engine import LeadEngine, Round
+from lead_fast.engine import LeadEngine
 from lead_fast.files import atomic_path, write_json, write_jsonl, write_text
 from lead_fast.models import save_model
 from lead_fast.offline.prepare import PREPARED_FILE, Prepared, encoded_rows, load_prepared, prepare
 from lead_fast.packing import ChatEncoder, Sample
 from lead_fast.pool import Pool
 from lead_fast.report import write_run_report
+from lead_fast.rounds import Round
 from lead_fast.signals import Signals
 from lead_fast.trainer import AfterRound, Optimization, TrainingRun, evaluate, make_accelerator, run_rounds, write_candidates
 from lead_fast.utility import estimator_class
@@ -106,9 +107,11 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
 
     tokenizer = prepared.tokenizer(config)
     encoder = ChatEncoder(tokenizer, config.max_length)
-    engine = LeadEngine(prepared.pool, lead)
-    first_utility = engine.utility(engine.groups.rows).numpy()
-    optimization = Optimization(prepared.model(config, seed=lead.seed), make_accelerator(config), config)
+    accelerator = make_accelerator(config)
+    engine = LeadEngine(prepared.pool, lead, accelerator.device)
+    engine.record_candidates = config.log_utilities
+    first_utility = engine.utility(engine.groups.choosable_rows()).cpu().numpy()
+    optimization = Optimization(prepared.model(config, seed=lead.seed), accelerator, config)
     after_round: dict[str, AfterRound] = {"signals": Signals(engine).after_round}
     if config.audit_every:
         scorer = row_scorer(optimization, ChatEncoder(tokenizer, config.max_length), prepared.pool, config)
@@ -223,7 +226,7 @@ def summarize(engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds:
 
 def utility_histogram(engine: LeadEngine, first: np.ndarray, bins: int = 40) -> dict[str, Any]:
     """Utilities of all rows that may be chosen, at the start and now, over common bins."""
-    last = engine.utility(engine.groups.rows).numpy()
+    last = engine.utility(engine.groups.choosable_rows()).cpu().numpy()
     edges = np.histogram_bin_edges(np.concatenate([first, last]), bins=bins)
     return {
         "edges": edges.tolist(),

@@ -16,9 +16,9 @@ import numpy as np
 from torch import Tensor
 
 from lead_fast.config import LeadConfig
-from lead_fast.engine import LeadEngine, Round, RoundReport
+from lead_fast.engine import LeadEngine
+from lead_fast.rounds import Round, RoundReport
 from lead_fast.smoothing import SmoothingMemory, smoothing_values
-from lead_fast.visits import PREDICTED
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +88,11 @@ def visit_errors(visits: dict[str, np.ndarray], number: int, estimator: str, mem
         count; error and bias (predicted minus observed) of the estimator; error_unchanged and bias_unchanged, had the loss
         when last seen been the prediction; smoothing: {b: error of the utility at that b}. Only the count where it is 0.
     """
-    fresh = visits["round_before"] < number if visits else np.zeros(0, bool)
+    fresh = visits["round"] < number if visits else np.zeros(0, bool)
     if not fresh.any():
         return {"count": 0}
-    row, before, observed = (visits[name][fresh] for name in ("row", "loss_before", "observed"))
-    predicted = visits[PREDICTED + estimator][fresh]
+    row, before, observed = (visits[name][fresh] for name in ("row", "seen_loss", "observed"))
+    predicted = visits[f"predicted.{estimator}"][fresh]
     error, unchanged = predicted - observed, before - observed
     utility = memory.visit(row, before, predicted, observed)
     return {

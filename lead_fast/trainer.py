@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lead_fast.config import PrepareConfig, TrainConfig
-from lead_fast.engine import LeadEngine, Round, RoundReport
+from lead_fast.engine import LeadEngine
 from lead_fast.models import PackedModel, trained_parameters
 from lead_fast.ops import SampleStats
 from lead_fast.packing import PackedBatch, Sample, balanced_fill, fill, pack, split_evenly
+from lead_fast.rounds import Round, RoundReport
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Optimization:
         for number, batch in enumerate(batches):
             batch = batch.to(self.device)
             with self._sync_only(last=number == len(batches) - 1):
-                out = self.model(batch, num_items=max(num_items, 1), stats="loss" if observe is None else "all")
+                out = self.model(batch, num_items=max(num_items, 1), stats=None if observe is None else "all")
                 self.accelerator.backward(out.loss)
             total += out.loss.detach()
             if observe is not None:
@@ -265,6 +266,9 @@ def run_rounds(
             # `observe` runs inside the step; it is counted once, as estimation.
             parts["step"] = round(parts.get("step", 0.0) - parts.pop("observe", 0.0), 6)
             record = round_record(rnd, report, trained, parts) | notes
+            for arm, reward in zip(report.arms, report.rewards, strict=True):
+                if not math.isfinite(reward):
+                    logger.warning("round %d: no row of arm %d was observed; its reward is not counted", rnd.number, arm)
             run.rounds.append(record)
             for name, value in parts.items():
                 run.seconds[name] += value

@@ -25,8 +25,8 @@ ESTIMATORS = ["grad_norm", "none", "historical"]
 def records(predicted, observed, before, rounds=None, arm=None):
     n = len(observed)
     columns = {"round": np.ones(n, int) if rounds is None else np.asarray(rounds), "row": np.arange(n),
-               "arm": np.zeros(n, int) if arm is None else np.asarray(arm), "round_before": np.zeros(n, int),
-               "loss_before": np.asarray(before, float), "observed": np.asarray(observed, float)}  # fmt: skip
+               "arm": np.zeros(n, int) if arm is None else np.asarray(arm), "seen_round": np.zeros(n, int),
+               "seen_loss": np.asarray(before, float), "observed": np.asarray(observed, float)}  # fmt: skip
     return Records(columns, {"e": np.asarray(predicted, float)})
 
 
@@ -110,12 +110,12 @@ def test_random_rows_are_drawn_by_round_and_seed_alone(tmp_path):
     assert (before > 0).sum() == (before == 0).sum() == 10
     assert rows.tolist() == sorted(set(rows.tolist())) and not np.asarray(engine.pool.aside)[rows].any()
     drawn = [set(audit_rows(engine, number, 20)[0].tolist()) for number in range(10, 60)]
-    assert len(set().union(*drawn)) == len(engine.groups.rows)  # every row has its turn
+    assert len(set().union(*drawn)) == len(engine.groups.choosable_rows())  # every row has its turn
     state = engine.state_dict()
     again, *_ = make(tmp_path, lambda rows: (torch.zeros(len(rows)), 1))
     again.load_state_dict(state)
     assert torch.equal(audit_rows(again, 10, 20)[0], rows)
-    assert len(audit_rows(engine, 1, 1000)[0]) == len(engine.groups.rows)  # a half that is short is taken whole
+    assert len(audit_rows(engine, 1, 1000)[0]) == len(engine.groups.choosable_rows())  # a half that is short is taken whole
 
 
 def test_predictions_are_written_as_they_were_when_the_rows_were_scored(tmp_path):
@@ -137,7 +137,7 @@ def test_predictions_are_written_as_they_were_when_the_rows_were_scored(tmp_path
         at = found.where(found["round"] == number)
         assert at["row"].tolist() == rows and at["arm"].tolist() == np.asarray(engine.pool.arm)[rows].tolist()
         assert at["observed"] == pytest.approx(np.array(rows) / 7.0)
-        assert at["loss_before"].tolist() == now["none"]
+        assert at["seen_loss"].tolist() == now["none"]
         for name in ESTIMATORS:
             assert at.predicted[name].tolist() == now[name]
     visits = read_records(tmp_path, "visits")
@@ -213,7 +213,7 @@ def test_the_audit_reads_the_run(runs, capfd):
     assert report.rescored == list(range(1, report.num_rounds + 1))
     assert report.tokens == json.loads((run / "summary.json").read_text())["audit_tokens"]
     files = [pq.read_table(file).to_pydict() for file in (run / "audit").glob("rescored-*.parquet")]
-    entries = [entry for file in files for entry in zip(file["round_before"], file["predicted.none"], file["observed"],
+    entries = [entry for file in files for entry in zip(file["seen_round"], file["predicted.none"], file["observed"],
                                                         strict=True)]  # fmt: skip
     for rows, trained in (("trained", True), ("untouched", False)):
         error = np.array([predicted - observed for before, predicted, observed in entries if (before > 0) == trained])
