@@ -46,6 +46,7 @@ from lead_fast.utility import (
     LossChangeEstimator,
     UtilityTable,
     WeightChange,
+    counting,
     estimator_class,
     has_own_drop,
     observed,
@@ -91,7 +92,7 @@ class LeadEngine:
 
     Attributes:
         record_candidates: rounds carry their candidates. Waits for the device once a round.
-        record_visits: reports carry each observation beside its prediction. Waits for the device at each `observe`.
+        record_visits: reports carry each observation beside its prediction.
 
     Raises:
         ValueError: the pool lacks an array the engine needs, has no selectable row, or holds non-finite utilities.
@@ -214,8 +215,12 @@ class LeadEngine:
             to_device(t, self.device) if t.dtype == torch.float32 else to_device(t, self.device).float()
             for t in (loss, num_tokens, grad_norm_sq)
         )
-        if self._hooked or self.record_visits:
-            self._show_to_hooks(rows, loss, num_tokens)
+        if self.record_visits:
+            self._visits.append(self._visit(rows, loss, num_tokens))
+        if self._hooked:
+            at, seen_now = observed(self.table, rows, loss, num_tokens)
+            for estimator in self._hooked:
+                estimator.pair(self.table, self.clocks, at, seen_now)
         table, clocks = self.table, self.clocks
         torch.ops.lead_fast.observe(
             rows, loss, num_tokens, grad_norm_sq, None, table.position, table.arm, table.values, table.seen, table.flags,
@@ -308,17 +313,14 @@ class LeadEngine:
         states = [state for e in self._estimators if (state := e.pair_state()) is not None]
         return states[0] if states else (None, None, None)
 
-    def _show_to_hooks(self, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> None:
-        at, seen_now = observed(self.table, rows, loss, num_tokens)
-        for estimator in self._hooked:
-            estimator.pair(self.table, self.clocks, at, seen_now)
-        if self.record_visits:
-            table, shown = self.table, self.table.rows[at].long()
-            visit = {"row": shown, "arm": table.arm[at].long(), "round": table.seen[ROUND, at].long(),
-                     "seen_loss": table.values[LOSS, at], "observed": seen_now}  # fmt: skip
-            for name in self._by_name:
-                visit[f"predicted.{name}"] = self.predicted_loss(shown, name)
-            self._visits.append(visit)
+    def _visit(self, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> dict[str, Tensor]:
+        """What a micro-batch shows beside what was expected, [S]; row -1 where the observation does not count."""
+        table = self.table
+        at, valid = counting(table, rows, loss, num_tokens)
+        shown = table.rows[at].long()
+        visit = {"row": torch.where(valid, shown, -1), "arm": table.arm[at].long(), "round": table.seen[ROUND, at].long(),
+                 "seen_loss": table.values[LOSS, at], "observed": loss.clone()}  # fmt: skip
+        return visit | {f"predicted.{name}": self.predicted_loss(shown, name) for name in self._by_name}
 
     def _choose(self, number: int, forced: int | None) -> bool:
         """Opens round `number` on the arm `forced`, or on arms drawn now; False where that gives no row."""

@@ -116,7 +116,8 @@ class RoundReport:
         if self._visits is None:
             return None
         names = self._visits[0] if self._visits else ()
-        return {name: torch.cat([visit[name] for visit in self._visits]).cpu() for name in names}
+        columns = {name: torch.cat([visit[name] for visit in self._visits]).cpu() for name in names}
+        return {name: column[columns["row"] >= 0] for name, column in columns.items()}
 
     def __repr__(self) -> str:
         return f"RoundReport(number={self.number}, arm={self.arm}, reward={self.reward:.4g}, num_samples={self.num_samples})"

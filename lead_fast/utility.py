@@ -252,16 +252,20 @@ def utility(
     return (1.0 - smoothing) * loss + smoothing * table.values[PREVIOUS, at], loss
 
 
-def observed(table: UtilityTable, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Which samples `observe` will take: positions int64 and losses fp32 of rows that count, on the host's clock.
-
-    Its shapes depend on the data, so it waits for a GPU; only estimators with a hook of their own, and visits that are
-    recorded, need it.
-    """
+def counting(table: UtilityTable, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Which samples `observe` will take: their positions, int64 [S], and whether each counts, bool [S]; no sync."""
     present = (rows >= 0) & (rows < len(table.rows)) & (num_tokens > 0)
     at = table.position[torch.where(present, rows, 0)].long()
     usable = present & torch.isfinite(loss) & (table.flags[QUARANTINED, at] == 0)
-    valid = usable & last_occurrence(torch.where(usable, rows, -1))
+    return at, usable & last_occurrence(torch.where(usable, rows, -1))
+
+
+def observed(table: UtilityTable, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples that `observe` will take: positions int64 and losses fp32 of those that count.
+
+    Its shapes depend on the data, so it waits for a GPU; only estimators with a hook of their own need it.
+    """
+    at, valid = counting(table, rows, loss, num_tokens)
     return at[valid], loss[valid]
 
 
