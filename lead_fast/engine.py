@@ -221,8 +221,7 @@ class LeadEngine:
             raise ValueError(f"LeadEngine.observe: `rows` must be in -1..{len(self.pool) - 1}, got {rows.tolist()}")
         rows = to_device(rows, self.device)
         loss, num_tokens, grad_norm_sq = (
-            to_device(t, self.device) if t.dtype == torch.float32 else to_device(t, self.device).float()
-            for t in (loss, num_tokens, grad_norm_sq)
+            to_device(t, self.device).to(torch.float32).contiguous() for t in (loss, num_tokens, grad_norm_sq)
         )
         observation = Observation(self.clocks.num_steps, rows, loss, num_tokens, grad_norm_sq)
         if self._shards is None:

@@ -30,8 +30,8 @@ def make_visit(
     visit = {
         "row": torch.where(valid, rows, -1),
         "arm": table.arm[at],
-        "round_before": table.seen[ROUND, at],
-        "loss_before": table.values[LOSS, at],
+        "seen_round": table.seen[ROUND, at],
+        "seen_loss": table.values[LOSS, at],
         "observed": loss,
     }
     for name, estimator in estimators.items():

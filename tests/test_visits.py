@@ -79,10 +79,10 @@ def test_visits_are_what_was_predicted_and_what_came():
             script.move_weights(rnd.number, step.lr)
             engine.step(lr=step.lr, num_items=step.num_items)
         visits = engine.end_round().visits
-        got = list(zip(*(visits[name].tolist() for name in ("row", "arm", "round_before", "observed")),
+        got = list(zip(*(visits[name].tolist() for name in ("row", "arm", "seen_round", "observed")),
                        *(visits[f"predicted.{name}"].tolist() for name in SHADOWS), strict=True))  # fmt: skip
         assert got == [pytest.approx(entry) for entry in expected], rnd.number
-        assert visits["loss_before"].tolist() == visits["predicted.none"].tolist()
+        assert visits["seen_loss"].tolist() == visits["predicted.none"].tolist()
     assert revisits > 100 and barred
 
 
