@@ -7,9 +7,11 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lead_fast import __version__
@@ -111,8 +113,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _configs(arguments: argparse.Namespace, *configs: type) -> list[Any]:
     given = {k: v for k, v in vars(arguments).items() if k not in ("command", "config", "verbose")}
-    options = read_yaml(arguments.config) if arguments.config else {}
-    return make_configs(options | given, *configs)
+    options = (read_yaml(arguments.config) if arguments.config else {}) | given
+    if arguments.command == "train" and options.get("resume"):
+        options = _began_with(options) | options
+    return make_configs(options, *configs)
+
+
+def _began_with(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the run that --resume goes on with, where it got as far as writing them; without --out it runs here."""
+    config = Path(options.get("out") or ".") / "config.yaml"
+    if not config.exists():
+        return {}
+    return read_yaml(config) | {"out": str(config.parent)}
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -141,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the last line on stdout is a JSON summary, everything else goes to stderr.
 
     Returns:
-        0; 1 for an error that the user can mend; 130 after Ctrl-C.
+        0; 1 for an error that the user can mend; 130 after Ctrl-C; 143 after SIGTERM.
     """
     arguments = _parser().parse_args(argv)
     logging.basicConfig(
@@ -156,9 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         summary = _run(arguments)
-    except KeyboardInterrupt:
-        print("lead-fast: interrupted; finished stages are kept, go on with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        print(f"lead-fast: interrupted; {interrupt or 'nothing is lost but the stage that ran'}", file=sys.stderr)
+        return 128 + getattr(interrupt, "signum", signal.SIGINT)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if arguments.verbose:
             raise

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 # of the log, draws the same.
 STREAM_ARM, STREAM_TASKS, STREAM_ROWS, STREAM_SHUFFLE, STREAM_FIRST = range(5)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class SampleStatistics(Protocol):
@@ -272,7 +272,7 @@ class LeadEngine:
         rnd, rows = self._open("end_round"), self._rows
         change = None
         if self._weights is not None and self._begin_weights is not None:
-            change = self._weights.snapshot() - self._begin_weights
+            change = (now := self._weights.snapshot()) - self._begin_weights.to(now.device)
         self.estimator.end_round(self.clocks, rnd.arms, self._first_step, change)
         table = self.table
         seen = (table.round[rows] == rnd.number) & ~table.quarantined[rows]
@@ -381,9 +381,11 @@ class LeadEngine:
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on identically, between rounds: nested dicts of tensors and numbers."""
-        if self._round is not None:
-            raise RuntimeError(f"LeadEngine.state_dict: round {self._round.number} must be ended first (end_round)")
+        """Everything that `load_state_dict` needs to go on identically, between rounds or inside one.
+
+        Returns:
+            Nested dicts of tensors, numbers, strings and lists; "open" is the round that is open, or None.
+        """
         return {
             "version": STATE_VERSION,
             "pool": self.pool.fingerprint,
@@ -394,6 +396,7 @@ class LeadEngine:
             "clocks": self.clocks.state_dict(),
             "estimator": self.estimator.state_dict(),
             "bandit": self.bandit.state_dict(),
+            "open": self._open_state(),
             "history": {
                 "round": torch.tensor([n for n, rows, _ in self.history for _ in rows], dtype=torch.int64),
                 "row": torch.cat([torch.zeros(0, dtype=torch.int64), *(rows for _, rows, _ in self.history)]),
@@ -417,9 +420,42 @@ class LeadEngine:
         self.bandit.load_state_dict(state["bandit"])
         self.num_rounds, self.num_used = int(state["num_rounds"]), int(state["num_used"])
         self._first_visits = list(state["first_visits"])
-        self._round = None
+        self._load_open(state["open"])
         rounds, rows, utility = (state["history"][k] for k in ("round", "row", "utility"))
         self.history = [(n, rows[rounds == n], utility[rounds == n]) for n in rounds.unique().tolist()]
+
+    # The open round.
+
+    @property
+    def open_round(self) -> Round | None:
+        """The round that was begun and not ended; None between rounds."""
+        return self._round
+
+    def _open_state(self) -> dict[str, Any] | None:
+        if (rnd := self._round) is None:
+            return None
+        state: dict[str, Any] = {
+            "arms": rnd.arms, "rows": rnd.rows, "utility": rnd.utility, "task_uniforms": rnd.task_uniforms,
+            "probs": rnd.draw.probs, "all_probs": rnd.draw.all_probs, "uniforms": rnd.draw.uniforms,
+            "forced": rnd.draw.forced, "mask": self._mask, "first_step": self._first_step,
+            "candidates": {str(arm): dict(vars(c)) for arm, c in zip(rnd.arms, rnd.candidates, strict=True)},
+        }  # fmt: skip
+        return state if self._begin_weights is None else state | {"begin_weights": self._begin_weights}
+
+    def _load_open(self, state: dict[str, Any] | None) -> None:
+        self._round = None
+        if state is None:
+            return
+        draw = Draw(state["arms"], state["probs"], state["all_probs"].clone(), state["uniforms"], state["forced"])
+        candidates = [
+            Candidates(**{k: v.to(self.device) for k, v in state["candidates"][str(arm)].items()}) for arm in draw.arms
+        ]
+        rows, utility = state["rows"].clone(), state["utility"].clone()
+        self._round = Round(self.num_rounds, draw.arms, rows, utility, draw, state["task_uniforms"], candidates)
+        self._rows, self._begin_idu = rows.to(self.device), utility.to(self.device)
+        self._mask, self._first_step = state["mask"].clone(), state["first_step"]
+        begin = state.get("begin_weights")
+        self._begin_weights = None if begin is None else begin.clone()
 
     def selected(self) -> list[dict[str, Any]]:
         """Each chosen row once: {"row", "id", "rounds": [...], "utility": [at each choice]}, in order of first choice."""
