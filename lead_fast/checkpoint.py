@@ -185,10 +185,15 @@ def _write_files(folder: Path, state: State) -> None:
     with _new_file(folder / STATE_FILE) as file:
         file.write(_json(rest))
     files[STATE_FILE] = file.entry()
-    manifest = {"format": FORMAT, "files": files}
     with _new_file(folder / MANIFEST_FILE) as file:
-        file.write(_json(manifest | {"sha256": hashlib.sha256(_json(manifest)).hexdigest()}))
+        file.write(_manifest(FORMAT, files))
     sync(folder)
+
+
+def _manifest(version: str, files: dict[str, Any]) -> bytes:
+    """The bytes of a manifest, which its last entry makes sure of."""
+    manifest = {"format": version, "files": files}
+    return _json(manifest | {"sha256": hashlib.sha256(_json(manifest)).hexdigest()})
 
 
 def write_safetensors(file: Any, tensors: dict[str, Tensor]) -> None:
@@ -254,15 +259,16 @@ def _verify(folder: Path) -> None:
     """
     path = folder / MANIFEST_FILE
     try:
-        manifest = json.loads(path.read_bytes())
-        expected = manifest.pop("sha256")
-        files, found = manifest["files"], manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        written = path.read_bytes()
+        manifest = json.loads(written)
+        version, files = manifest["format"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{path}: expected the manifest, got {type(error).__name__}: {error}") from error
-    if (got := hashlib.sha256(_json(manifest)).hexdigest()) != expected:
-        raise DamagedCheckpoint(f"{path}: expected sha256 {expected}, got {got}")
-    if found != FORMAT:
-        raise CheckpointError(f"{path}: expected the format {FORMAT!r}, got {found!r}")
+    if written != (expected := _manifest(version, files)):
+        hashes = [hashlib.sha256(content).hexdigest() for content in (expected, written)]
+        raise DamagedCheckpoint(f"{path}: expected sha256 {hashes[0]}, got {hashes[1]}")
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: expected the format {FORMAT!r}, got {version!r}")
     for name, entry in files.items():
         try:
             with (folder / name).open("rb") as file:

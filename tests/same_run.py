@@ -15,7 +15,7 @@ from lead_fast.files import read_jsonl, write_jsonl
 PREPARE = ["--model-config", "tiny", "--pretrain-epochs", "1", "--max-length", "128", "--step-tokens", "256",
            "--num-arms", "3", "--tasks-per-arm", "2", "--warmup-share", "0.1"]  # fmt: skip
 # Rounds of several optimizer steps each, and a checkpoint at every step boundary.
-TRAIN = ["--max-length", "128", "--step-tokens", "64", "--budget", "40", "--min-rounds", "8", "--checkpoint-minutes", "1e-9"]
+TRAIN = ["--max-length", "128", "--step-tokens", "64", "--budget", "24", "--min-rounds", "8", "--checkpoint-minutes", "1e-9"]
 METHODS = {
     "lora": ["--log-utilities", "--eval-every", "5"],
     "historical": ["--estimator", "historical", "--accumulation", "2", "--checkpoint-minutes", "0", "--checkpoint-rounds", "1"],
