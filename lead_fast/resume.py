@@ -159,9 +159,11 @@ class Checkpointer:
     def write(self, run: TrainingRun) -> None:
         """Writes a checkpoint now, unless there is one of this very place."""
         if run.num_steps > self._steps:
+            begin = time.monotonic()
             log = {"bytes": self.log.sync(), "seconds": self.seconds}
-            self.checkpoints.write(run.num_steps, self.state.capture(run) | {"log": log})
+            path = self.checkpoints.write(run.num_steps, self.state.capture(run) | {"log": log})
             self._steps, self._rounds = run.num_steps, len(run.rounds)
+            logger.debug("checkpoint %s: %.2f s", path, time.monotonic() - begin)
         self._last = time.monotonic()
 
 

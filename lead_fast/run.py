@@ -170,6 +170,8 @@ def _train(
     if engine.budget < engine.config.budget_rows(len(prepared.pool)):
         logger.warning("the budget is cut to the %d rows that are not set aside", engine.budget)
 
+    # Again: what the stages drew depends on which of them had to run.
+    seed_generators(lead.seed)
     state = TrainingState(engine, optimization, heldout)
     run, log, seconds = begin(state, checkpoints, folder)
     checkpointer = Checkpointer(checkpoints, state, config, log, stop, run, start - seconds)

@@ -233,7 +233,7 @@ def run_rounds(
         TrainingError: the loss of a whole round is not finite.
     """
     run = TrainingRun() if run is None else run
-    clock = run.clock
+    clock, run.cuts.max_length = run.clock, config.max_length
     engine.track([p for _, p in trained_parameters(optimization.bare)])
 
     def score() -> None:

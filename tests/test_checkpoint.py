@@ -174,14 +174,16 @@ def test_another_version_of_the_format_is_named(tmp_path, monkeypatch):
 
 
 CONFIG = TrainConfig(step_tokens=24, max_grad_norm=1.0, learning_rate=1e-2)
-ROWS = 24
+ROWS = 40
 PARTS = ("weights", "optimizer", "engine", "random", "identity")
 
 
 def small_pool(shift=0.0):
     r = np.random.default_rng(0)
     return Pool.from_arrays(
-        arm=np.arange(ROWS) % 3, task=np.arange(ROWS) % 2, utility=(r.random(ROWS) + 1 + shift).astype(np.float32)
+        arm=np.where(np.arange(ROWS) < 3, 0, 1 + np.arange(ROWS) % 2),
+        task=np.arange(ROWS) % 2,
+        utility=(r.random(ROWS) + 1 + shift).astype(np.float32),
     )
 
 
@@ -191,7 +193,7 @@ def sample_of(row):
     return Sample(ids, np.arange(len(ids)) >= 3, np.ones(len(ids), bool))
 
 
-def make(tuning="lora", estimator="grad_norm", *, base_seed=0, shift=0.0):
+def make(tuning="lora", estimator="grad_norm", reward="drop", *, base_seed=0, shift=0.0):
     """Engine and model of a training whose steps draw random numbers (dropout)."""
     torch.manual_seed(base_seed)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
@@ -199,7 +201,9 @@ def make(tuning="lora", estimator="grad_norm", *, base_seed=0, shift=0.0):
     if tuning == "lora":
         model = add_lora(model, rank=2, alpha=4.0, seed=0)
     optimization = Optimization(model, Accelerator(cpu=True), CONFIG)
-    lead = LeadConfig(budget=ROWS, rate=0.5, min_rounds=0, estimator=estimator, seed=3)
+    lead = LeadConfig(
+        budget=ROWS, rate=0.4, min_rounds=0, max_uses=1, exclude_top=0.0, reward=reward, estimator=estimator, seed=3
+    )
     return TrainingState(LeadEngine(small_pool(shift), lead), optimization)
 
 
@@ -229,23 +233,28 @@ def two_steps(run):
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside a round", "between rounds"])
-@pytest.mark.parametrize("estimator", ["grad_norm", "historical"])
+@pytest.mark.parametrize(("estimator", "reward"), [("grad_norm", "drop"), ("historical", "idu")])
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_a_run_goes_on_from_a_file_as_if_nothing_had_happened(tuning, estimator, inside, tmp_path):
+def test_a_run_goes_on_from_a_file_as_if_nothing_had_happened(tuning, estimator, reward, inside, tmp_path):
+    method = tuning, estimator, reward
     seed_generators(5)
-    whole = make(tuning, estimator)
+    whole = make(*method)
     end = train(whole)
-    assert len(end.rounds) >= 4 and end.num_steps > len(end.rounds)
+    assert len(end.rounds) >= 6 and end.num_steps > len(end.rounds)
     expected = whole.capture(end)
 
     seed_generators(5)
-    first = make(tuning, estimator)
-    half = train(first, until=lambda run: len(run.rounds) == 2 and (run.open is not None) == inside)
-    assert (half.open is not None) == inside
+    first = make(*method)
+
+    def place(run):  # an arm has nothing more to give
+        return len(run.rounds) >= 3 and (run.open is not None) == inside and int(first.engine.table.uses[:3].sum()) == 3
+
+    half = train(first, until=place)
+    assert place(half) and half.num_steps < end.num_steps
     Checkpoints(tmp_path).write(half.num_steps, first.capture(half))
 
     seed_generators(77)  # as in another process
-    second = make(tuning, estimator)
+    second = make(*method)
     loaded = Checkpoints(tmp_path).load().state
     run = second.restore(loaded, half.rounds)
     again = second.capture(run)

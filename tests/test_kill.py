@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 
 import pytest
-from same_run import METHODS, assert_same_run, finished
+from same_run import METHODS, assert_same_run, finished, rounds_of
 
 FSYNCS = 7  # of one checkpoint before its rename: six files and their folder
 
@@ -53,8 +53,10 @@ def kill_until_finished(runs, options, out, faults, kills):
 def test_a_run_killed_three_times_is_the_run_that_was_not_killed(runs, reference, tmp_path):
     options, expected = reference("lora")
     kills = Kills()
-    # In the first file of a checkpoint inside a round, before the rename of a later one, and at some other moment.
-    faults = [{"hold": ["fsync", 1 + 4 * FSYNCS]}, {"hold": ["rename", 9]}, {"after": 1.2}]
+    # In the first file of the checkpoint after the third round, whose line then stands beyond the last checkpoint; before the
+    # rename of a later one; and at some other moment.
+    after_round = sum(line["steps"] for line in rounds_of(expected)[:3])
+    faults = [{"hold": ["fsync", 1 + (after_round - 1) * FSYNCS]}, {"hold": ["rename", 5]}, {"after": 0.9}]
     kill_until_finished(runs, options, tmp_path / "run", faults, kills)
     assert kills.total == 3 and kills.in_window >= 2
     assert_same_run(tmp_path / "run", expected)

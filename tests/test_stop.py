@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,3 +313,18 @@ def test_resume_in_the_run_folder(reference, interrupted, monkeypatch):
     monkeypatch.chdir(out)
     assert main(["train", "--resume"]) == 0
     assert_same_run(out, reference("lora")[1])
+
+
+def test_rounds_do_not_depend_on_which_stages_ran_before(reference, tmp_path):
+    """A run that is killed before its first checkpoint begins its rounds again, with the stages that it had finished."""
+    reference("lora")
+    model, out, again = (tmp_path / name for name in ("model", "run", "again"))
+    shutil.copytree(reference.folder / "prepared-lora" / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.3}))  # so that steps draw
+    options = ["--pool", str(reference.folder / "pool.jsonl"), "--model", str(model), "--max-length", "128", "--budget", "8"]
+    options += ["--min-rounds", "3", "--warmup-share", "0.1", "--num-arms", "2", "--tasks-per-arm", "2"]
+    assert main(["train", *options, "--out", str(out)]) == 0
+    shutil.copytree(out / "prepared", again / "prepared")
+    assert main(["train", *options, "--out", str(again), "--resume"]) == 0
+    assert_same_run(again, out)
