@@ -104,7 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         "warm-up, difficulty and clusters alone: writes a pool that `train` takes",
         (PrepareConfig, LeadConfig),
     )
-    command("train", "fine-tune a model with LEAD: warm-up, difficulty, clusters, rounds, report", (TrainConfig, LeadConfig))
+    train = command(
+        "train", "fine-tune a model with LEAD: warm-up, difficulty, clusters, rounds, report", (TrainConfig, LeadConfig)
+    )
+    train.add_argument(
+        "--show-batch", action="store_true",
+        help="print the first packed batch (samples, rows, position ids, tokens, which of them are supervised) and end",
+    )  # fmt: skip
     report = command("report", "write report.html of a run again")
     report.add_argument("run", help="folder of a run")
     command("doctor", "what this machine will use, and what is missing")
@@ -112,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _configs(arguments: argparse.Namespace, *configs: type) -> list[Any]:
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "config", "verbose")}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "config", "verbose", "show_batch")}
     options = (read_yaml(arguments.config) if arguments.config else {}) | given
     if arguments.command == "train" and options.get("resume"):
         options = _began_with(options) | options
@@ -146,6 +152,13 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     if arguments.command == "prepare":
         return run_prepare(*_configs(arguments, PrepareConfig, LeadConfig))
+    if arguments.show_batch:
+        from lead_fast.show import show_batch
+
+        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        text, summary = show_batch(*_configs(arguments, TrainConfig, LeadConfig), color=color)
+        print(text)
+        return summary
     return run_train(*_configs(arguments, TrainConfig, LeadConfig))
 
 

@@ -203,7 +203,11 @@ def failures_explained(checkpoints: Checkpoints) -> Iterator[None]:
     """
     try:
         yield
-    except (TrainingError, CheckpointError) as error:
+    except CheckpointError:
+        raise  # says itself what is left
+    except TrainingError as error:
+        if not checkpoints.paths():
+            raise
         raise TrainingError(f"{error}; {last_checkpoint(checkpoints)}") from error
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         if (reason := _reason(error)) is None:

@@ -272,6 +272,8 @@ def summarize(engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds:
         "optimizer_steps": run.num_steps,
         "trained_tokens": run.trained_tokens,
         "supervised_tokens": run.supervised_tokens,
+        "cut_prompts": run.cuts.prompts,
+        "cut_answers": run.cuts.answers,
         "final_loss": run.rounds[-1]["mean_loss"] if run.rounds else None,
         "mean_reward": float(np.mean(rewards)) if rewards else None,
         "warmup_tokens": prepared.summary.get("warmup", {}).get("tokens", 0),

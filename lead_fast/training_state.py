@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lead_fast.checkpoint import CheckpointError, State, tensor_bytes
+from lead_fast.checkpoint import State, tensor_bytes
 from lead_fast.models import trained_parameters
 from lead_fast.packing import CutCounts
 from lead_fast.pool import ARRAYS, Pool
-from lead_fast.trainer import OpenRound, Optimization, StepResult, TrainingRun
+from lead_fast.trainer import OpenRound, Optimization, StepResult, TrainingError, TrainingRun
 
 if TYPE_CHECKING:
     from lead_fast.engine import LeadEngine
@@ -53,7 +53,7 @@ class TrainingState:
         """The state at a boundary of optimizer steps; tensors are the live ones, on their own devices.
 
         Raises:
-            CheckpointError: a trained weight is not finite; going on from it would lead nowhere.
+            TrainingError: a trained weight is not finite; going on from it would lead nowhere.
         """
         return {
             "weights": _weights(self.optimization.bare),
@@ -133,7 +133,7 @@ def _weights(model: nn.Module) -> State:
     finite = torch.stack([torch.isfinite(p.detach()).all() for p in parameters.values()])
     if not bool(finite.all()):
         name = list(parameters)[int(finite.int().argmin())]
-        raise CheckpointError(f"checkpoint: {name} holds NaN or infinity, so none was written; lower --learning-rate")
+        raise TrainingError(f"checkpoint: {name} holds NaN or infinity, so none was written; lower --learning-rate")
     return parameters
 
 

@@ -17,7 +17,7 @@ from lead_fast.engine import LeadEngine
 from lead_fast.models import add_lora, prepare_model
 from lead_fast.packing import Sample
 from lead_fast.pool import Pool
-from lead_fast.trainer import Optimization, TrainingRun, run_rounds
+from lead_fast.trainer import Optimization, TrainingError, TrainingRun, run_rounds
 from lead_fast.training_state import TrainingState, seed_generators
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -335,5 +335,5 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path):
     run = train(state, until=two_steps)
     name, parameter = next((n, p) for n, p in state.optimization.bare.named_parameters() if p.requires_grad)
     parameter.data.view(-1)[0] = math.inf
-    with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"):
+    with pytest.raises(TrainingError, match=f"{name} holds NaN or infinity"):
         state.capture(run)

@@ -270,6 +270,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gives_the_same_run(run
     assert_same_run(out, reference("lora")[1])
 
 
+def test_no_usable_checkpoint_ends_the_run(runs, interrupted):
+    command, out = interrupted
+    for name in checkpoints_of(out):
+        (out / "checkpoints" / name / "state.json").unlink()
+    run = runs.start(command)
+    assert run.wait() == 1
+    log = run.log.read_text()
+    assert "no checkpoint is usable; remove the folder to begin the rounds again" in log and "go on with" not in log
+
+
 def test_what_a_checkpoint_needs_of_rounds_jsonl_is_missed(runs, interrupted):
     command, out = interrupted
     (out / "rounds.jsonl").write_bytes((out / "rounds.jsonl").read_bytes()[:100])
