@@ -55,7 +55,9 @@ class Round:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Round:
         """The round of a `state_dict`."""
-        return cls(**state | {"candidates": [Candidates(**fields) for fields in state["candidates"].values()]})
+        fields: dict[str, Any] = dict(state)
+        fields["candidates"] = [Candidates(**columns) for columns in state["candidates"].values()]
+        return cls(**fields)
 
 
 class OpenRound(NamedTuple):
@@ -78,9 +80,9 @@ class OpenRound(NamedTuple):
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> OpenRound:
         """The round of a `state_dict`, on a device."""
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
-        visits = [{name: column.to(device) for name, column in visit.items()} for visit in state["visits"].values()]
-        return cls(**{"begin_weights": None} | moved | {"visits": visits})
+        moved: dict[str, Any] = {n: value.to(device) if isinstance(value, Tensor) else value for n, value in state.items()}
+        moved["visits"] = [{n: column.to(device) for n, column in visit.items()} for visit in state["visits"].values()]
+        return cls(**{"begin_weights": None, **moved})
 
 
 class RoundReport:

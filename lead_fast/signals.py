@@ -36,14 +36,19 @@ class Signals:
 
     Args:
         engine: keeps its visits from now on.
-        rounds: records of the rounds that a resumed run had before.
     """
 
-    def __init__(self, engine: LeadEngine, rounds: Sequence[RoundFacts] = ()) -> None:
+    def __init__(self, engine: LeadEngine) -> None:
         engine.record_visits = True
-        self.config, self.rounds = engine.config, list(rounds)
-        self.warned = {warning["kind"] for facts in rounds for warning in facts["warnings"]}
+        self.config = engine.config
+        self.rounds: list[RoundFacts] = []
+        self.warned: set[str] = set()
         self.memory = SmoothingMemory(smoothing_values(self.config.smoothing))
+
+    def go_on(self, rounds: Sequence[RoundFacts]) -> None:
+        """Takes over the records of the rounds that a resumed run had before; what was warned of is not said again."""
+        self.rounds = list(rounds)
+        self.warned = {warning["kind"] for facts in rounds for warning in facts["warnings"]}
 
     def after_round(self, rnd: Round, report: RoundReport) -> dict[str, Any]:
         """The round's errors at visits, and new warnings: {"visits": ..., "warnings": [...]} for its record."""

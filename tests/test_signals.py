@@ -111,7 +111,8 @@ def test_a_resumed_run_goes_on_where_it_stopped():
     _, whole, notes = train(60, smoothing=0.6)
     records = [facts | {"warnings": note["warnings"]} for facts, note in zip(whole.rounds, notes, strict=True)]
     engine = SimpleNamespace(config=whole.config, record_visits=False)
-    again = Signals(engine, records)
+    again = Signals(engine)
+    again.go_on(records)
     again.load_state_dict(whole.state_dict())
     assert again.warned == whole.warned == {"smoothing"} and engine.record_visits
     more = {"smoothing": 0.6, "seed": 7}
