@@ -3,7 +3,7 @@
     PYTHONPATH=.:tests python benchmarks/bandit_regret.py
 
 Arms, players and bounds are those of the test (tests/bandit_arms.py), with more rounds and runs. Writes bandit_regret.png,
-.json and .md into benchmarks/results. Seeds are fixed: every number can be had again. About eight minutes on one core.
+.json and .md into benchmarks/results. Seeds are fixed: every number can be had again. About ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SEED, DELTA = 11, 0.05
 K, T = 4, 4000
 K_SEQUENCE, T_SEQUENCE, SEGMENTS = 3, 8000, 3
 CONTROLS, CONTROL_RUNS = ("uniform", "greedy"), 5
-STUDY_ARMS, STUDY_GAMMA, STUDY_ROUNDS = 7, 0.1, (12, 60, 200, 1000, 5000)
+STUDY_ARMS, STUDY_GAMMA, STUDY_ROUNDS = 7, 0.1, (12, 100, 200, 1000, 5000)
 GREEDY_TABLES = 200
 COLORS = {"exp3": "#0969da", "exp3_ix": "#bc4c00", "exp3s": "#1a7f37"}
 GREY = "#57606a"
@@ -126,14 +126,14 @@ def greedy_on_coins() -> dict[str, float]:
 # The method's own setting
 
 
-def reach(variant: str, share: float, rounds: int) -> float:
+def reach(variant: str, gamma: float, share: float, rounds: int) -> float:
     """How far P of one arm can get in `rounds` draws: each round takes the draw and reward that raise it most."""
     log_w, mask = torch.zeros(STUDY_ARMS, dtype=torch.float64), torch.ones(STUDY_ARMS, dtype=torch.bool)
-    mixed, best = 0.0 if variant == "exp3_ix" else STUDY_GAMMA, 1.0 / STUDY_ARMS
+    mixed, best = 0.0 if variant == "exp3_ix" else gamma, 1.0 / STUDY_ARMS
     for _ in range(rounds):
         probs = exp3_probs(log_w, mask, mixed)
         choices = [
-            exp3_update(log_w, mask, arm, reward, float(probs[arm]), STUDY_GAMMA, variant=variant, share=share)
+            exp3_update(log_w, mask, arm, reward, float(probs[arm]), gamma, variant=variant, share=share)
             for arm, reward in [(0, 1.0), *((arm, -1.0) for arm in range(1, STUDY_ARMS))]
         ]
         reached = [float(exp3_probs(choice, mask, mixed)[0]) for choice in choices]
@@ -149,10 +149,16 @@ def study(runs: int) -> list[dict[str, Any]]:
     for rounds in tqdm(STUDY_ROUNDS, desc="own setting"):
         count = max(10, min(16 * runs, 2000 * runs // rounds))
         tables = [world.bernoulli(rounds, STUDY_ARMS, SEED + run) for run in range(count)]
-        for variant, share in (("exp3", 0.0), ("exp3_ix", 0.0), ("exp3s", 0.01), ("exp3s", 1.0 / rounds)):
+        settings = (
+            ("exp3", STUDY_GAMMA, 0.0), ("exp3", world.exp3_gamma(STUDY_ARMS, rounds), 0.0),
+            ("exp3_ix", STUDY_GAMMA, 0.0),
+            ("exp3_ix", min(1.0, world.exp3_ix_gamma(STUDY_ARMS, rounds)), 0.0),
+            ("exp3s", STUDY_GAMMA, 0.01), ("exp3s", STUDY_GAMMA, 1.0 / rounds),
+        )  # fmt: skip
+        for variant, gamma, share in settings:
             drawn, last = [], []
             for run, arms in enumerate(tables):
-                bandit = Bandit(STUDY_ARMS, variant, STUDY_GAMMA, share)
+                bandit = Bandit(STUDY_ARMS, variant, gamma, share)
                 drawn.append(play_bandit(bandit, arms, uniforms(rounds, SEED, run)))
                 last.append(float(bandit.probs(mask)[good]))
             # All other arms are equally bad, so regret is the share of draws that went to them; 6/7 under uniform.
@@ -160,9 +166,10 @@ def study(runs: int) -> list[dict[str, Any]]:
             rows.append({
                 "rounds": rounds,
                 "variant": variant,
+                "gamma": gamma,
                 "share": share,
                 "runs": count,
-                "reach": reach(variant, share, rounds),
+                "reach": reach(variant, gamma, share, rounds),
                 "last_prob": float(np.mean(last)),
                 "never_drawn": float(np.mean([good not in d for d in drawn])),
                 "regret_of_uniform": float(lost.mean()),
@@ -228,47 +235,60 @@ def panel(ax: Any, entry: dict[str, Any]) -> None:
 
 PAGE = """# Regret of the bandit on arms with known rewards
 
-Written by `{command}`. Machine: {machine}.
+Written by `PYTHONPATH=.:tests python benchmarks/bandit_regret.py`. Machine: {machine}.
 
 ![regret over rounds against the bounds](bandit_regret.png)
 
-Rewards are tables in [0, 1] that are fixed before the first draw, so every adversary is oblivious and an expectation is over the
-bandit's own draws. The functions that play are the ones that training uses (`exp3_probs`, `exp3_draw`, `exp3_update`).
-Environments: coins (0.75 against 0.3), bounded continuous rewards, a *near tie* (coins that differ by sqrt(K/T), the construction of
-the lower bound), *switching* (coins of 0.95 and 0.05 whose good arm changes twice), a *late riser* (the arm that ends up best pays
-nothing for a quarter of the time), a *trap* (every draw of `greedy` pays nothing), and a *shadow* (whatever an EXP3 that the
+Rewards are tables in [0, 1] that are fixed before the first draw: every adversary is oblivious, and an expectation is over
+the bandit's own draws. What plays is what training uses: `exp3_probs`, `exp3_draw`, `exp3_update`. Environments: coins (0.75
+against 0.3), bounded continuous rewards, a *near tie* (coins that differ by sqrt(K / T), the construction of the lower
+bound), *switching* (coins of 0.95 and 0.05 whose good arm changes twice), a *late riser* (the arm that ends up best pays
+nothing for a quarter of the time), a *trap* (every draw of `greedy` pays nothing), a *shadow* (whatever an EXP3 that the
 adversary played in advance preferred pays nothing).
 
 ## The bounds
 
-At every round t, for rewards in [0, 1] and fixed parameters; each was derived again for the code as it is, and the closed forms are
-checked by the test.
+They hold after every round t, for rewards x in [0, 1] and fixed parameters. The test checks the closed forms.
 
-| learner | regret | bound | parameters |
-|---|---|---|---|
-| exp3 | expected, to the best fixed arm | (e - 1) gamma G_max + K ln K / gamma (Auer et al. 2002, Theorem 3.1), at most 2.63 sqrt(T K ln K) | gamma = min(1, sqrt(K ln K / ((e - 1) T))), Corollary 3.2 with g = T |
-| exp3s | expected, to a sequence of hardness h (1 + its changes; a fixed arm has 1) | K (h ln(K / share) + e share t) / gamma + (e - 1) gamma t (Theorem 8.1) | share = 1 / T, gamma of Corollary 8.3 |
-| exp3_ix | of a run, to the best fixed arm, with probability {confidence:.0%} | 2 ln K / eta + eta K t + (1 / eta + 1) ln(2 / delta), from the proof of Neu 2015, Theorem 1 | eta = gamma / K = sqrt(2 ln K / (K T)), twice the implicit exploration |
+- `exp3`, expected regret to the best fixed arm (Auer et al. 2002, Theorem 3.1): (e - 1) gamma G_max + K ln K / gamma.
+  Here gamma = min(1, sqrt(K ln K / ((e - 1) T))), Corollary 3.2 with g = T: at most 2.63 sqrt(T K ln K).
+- `exp3s`, expected regret to a sequence of arms of hardness h = 1 + its changes (Theorem 8.1):
+  K (h ln(K / share) + e share t) / gamma + (e - 1) gamma t. Here share = 1 / T and gamma is that of Corollary 8.3.
+- `exp3_ix`, regret of a run to the best fixed arm, with probability {confidence:.0%} (Neu 2015, proof of Theorem 1):
+  2 ln K / eta + eta K t + (1 / eta + 1) ln(2 / delta). Here eta = gamma / K = sqrt(2 ln K / (K T)).
 
-Rewards: exp3 and exp3s are told r = x; exp3_ix is told r = 2 x - 1, so that its loss (1 - r) / 2 is 1 - x. Training uses r in
-[-1, 1]: the proofs of 3.1 and 8.1 need exp(y) <= 1 + y + (e - 2) y^2 for y <= 1 and r^2 <= 1, both true for negative r, so the same
-bounds hold in r (with t for G_max), and half of them in x. The test covers that case too.
+Derived again for the code as it is, with W the sum of the weights, xhat = x / p for the arm drawn and 0 for the others:
+
+- exp3: gamma xhat / K <= 1, since p >= gamma / K, so exp(y) <= 1 + y + (e - 2) y^2 gives
+  ln(W' / W) <= gamma x / (K (1 - gamma)) + (e - 2) gamma^2 / (K^2 (1 - gamma)) sum_i xhat_i in each round. Against
+  ln(W_end / W_start) >= gamma / K sum_t xhat_j - ln K, in expectation, with sum_i G_i <= K G_max: the bound.
+- exp3s: sharing adds e share to each round's ln(W' / W). In a segment that starts with the sum W its arm has at least
+  the weight e share W / K after one round, and e covers that round's own factor: ln K becomes ln(K / share), h times.
+- exp3_ix: with lhat = l / (p + eta / 2), sum_i p_i lhat_i = l - eta / 2 sum_i lhat_i and sum_i p_i lhat_i^2 <= sum_i lhat_i,
+  so sum_t l - sum_t lhat_j <= ln K / eta + eta sum_t,i lhat_i. Neu's Lemma 1, with delta / 2 twice and eta = 2 gamma_ix:
+  sum_t lhat_j <= L_j + ln(2 K / delta) / eta for all j, and eta sum lhat <= eta sum l + ln(2 / delta).
+
+Rewards: exp3 and exp3s are told r = x, exp3_ix r = 2 x - 1, so that its loss (1 - r) / 2 is 1 - x. Training uses r in
+[-1, 1]: the first two derivations need y <= 1 and r^2 <= 1 only, so the same bounds hold in r, with t for G_max, and half of
+them in x. The test covers that case too.
 
 ## Regret after the last round
 
-Mean and standard error over runs; for exp3_ix the largest run is what its bound speaks of. Bold: above the bound. *Unweighted*
-leaves the importance weight out, *flipped* turns the reward's sign around: a bound that they keep in an environment proves little there.
+Mean and standard error over runs; what is compared with the bound is the mean, for exp3_ix the largest run. Bold: above
+the bound. *Unweighted* leaves the importance weight out, *flipped* turns the reward's sign around: where they keep a bound
+as well, keeping it says little.
 
 {regret}
 
-exp3 on the late riser is the closest to its bound, and single runs exceed it: the bound is on the mean. A negative regret means that the
-learner followed a change, which no fixed arm can. `greedy` lives on luck where rewards are stationary: over {tables} tables of the coins
-({greedy_rounds} rounds) its mean regret is {greedy:.0f}, but {stuck:.0%} of the tables leave it on a bad arm for good (regret up to {largest:.0f}).
+Single runs of exp3 on the late riser exceed its bound, which is on the mean: it returns to an arm that looked bad by luck. A
+negative regret means that the learner followed a change, which no fixed arm can. `greedy` lives on luck where rewards are
+stationary: {greedy}.
 
 ## The method's own setting
 
-K = 7 arms, gamma = 0.1, rewards scaled by their running mean and spread as in training; one coin of 0.75, six of 0.3. *Reach*: the highest
-probability of one arm that any draws and rewards lead to (found greedily). 100% of uniform's regret means that nothing was learned.
+K = 7 arms, gamma = 0.1, rewards scaled by their running mean and spread as in training; one coin of 0.75, six of 0.3: an
+easy case. *Reach*: the highest probability of one arm that any draws and rewards lead to (found greedily). 100% of uniform's
+regret means that nothing was learned. *Tuned*: gamma as the corollaries choose it for that many rounds.
 
 {study}
 """
@@ -277,8 +297,11 @@ probability of one arm that any draws and rewards lead to (found greedily). 100%
 def page(result: dict[str, Any]) -> str:
     """The results page, in Markdown."""
     greedy = result["greedy"]
+    luck = (
+        f"over {greedy['tables']} tables of the coins ({greedy['rounds']} rounds) its mean regret is {greedy['regret']:.0f},\n"
+        f"and {greedy['stuck']:.0%} of the tables leave it on a bad arm for good (regret up to {greedy['largest']:.0f})"
+    )
     return PAGE.format(
-        command="PYTHONPATH=.:tests python benchmarks/bandit_regret.py",
         machine=", ".join(f"{key} {value}" for key, value in result["machine"].items()),
         confidence=1.0 - result["delta"],
         regret=table(
@@ -286,10 +309,9 @@ def page(result: dict[str, Any]) -> str:
              "unweighted", "flipped", "uniform", "greedy"],
             [regret_cells(row) for row in result["regret"]],
         ),
-        tables=greedy["tables"], greedy_rounds=greedy["rounds"], greedy=greedy["regret"], stuck=greedy["stuck"],
-        largest=greedy["largest"],
+        greedy=luck,
         study=table(
-            ["rounds", "variant", "share", "runs", "reach", "P of the good arm at the end", "never drew it",
+            ["rounds", "variant", "gamma", "share", "runs", "reach", "P of the good arm at the end", "never drew it",
              "regret, % of uniform's"],
             [study_cells(row) for row in result["own_setting"]],
         ),
@@ -313,8 +335,9 @@ def regret_cells(row: dict[str, Any]) -> list[str]:
 
 def study_cells(row: dict[str, Any]) -> list[str]:
     share = {0.0: "", 0.01: "0.01"}.get(row["share"], "1 / T")
+    gamma = "0.1" if row["gamma"] == STUDY_GAMMA else f"{row['gamma']:.3f}, tuned"
     return [
-        str(row["rounds"]), row["variant"], share, str(row["runs"]), f"{row['reach']:.2f}", f"{row['last_prob']:.2f}",
+        str(row["rounds"]), row["variant"], gamma, share, str(row["runs"]), f"{row['reach']:.2f}", f"{row['last_prob']:.2f}",
         f"{row['never_drawn']:.1%}", f"{row['regret_of_uniform']:.1%} ± {row['standard_error']:.1%}",
     ]  # fmt: skip
 
