@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lead_fast.audit import audit
     from lead_fast.config import LeadConfig
-    from lead_fast.engine import LeadEngine, Round, RoundReport
+    from lead_fast.engine import LeadEngine
     from lead_fast.ops import SampleStats, linear_cross_entropy
     from lead_fast.pool import Pool
+    from lead_fast.rounds import Round, RoundReport
     from lead_fast.utility import LossChangeEstimator, register_estimator
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Round",
     "RoundReport",
     "SampleStats",
+    "audit",
     "linear_cross_entropy",
     "register_estimator",
 ]
@@ -35,9 +38,10 @@ _HOMES = {
     "LeadEngine": "engine",
     "LossChangeEstimator": "utility",
     "Pool": "pool",
-    "Round": "engine",
-    "RoundReport": "engine",
+    "Round": "rounds",
+    "RoundReport": "rounds",
     "SampleStats": "ops",
+    "audit": "audit",
     "linear_cross_entropy": "ops",
     "register_estimator": "utility",
 }

@@ -76,9 +76,10 @@ def run_method(
     torch.manual_seed(lead.seed)
     pool = pool_for(method, prepared.pool)
     encoder = ChatEncoder(prepared.tokenizer(config), config.max_length)
-    engine = LeadEngine(pool, lead)
-    first_utility = engine.utility(engine.groups.rows).numpy()
-    optimization = Optimization(prepared.model(config, seed=lead.seed), make_accelerator(config), config)
+    accelerator = make_accelerator(config)
+    engine = LeadEngine(pool, lead, accelerator.device)
+    first_utility = engine.utility(engine.groups.choosable_rows()).cpu().numpy()
+    optimization = Optimization(prepared.model(config, seed=lead.seed), accelerator, config)
     score = heldout_scorer(optimization, encoder, heldout, config, lead.seed)
     run = run_rounds(
         engine, optimization, lambda rows: encoded_rows(encoder, pool, rows), config, evaluate_now=score, desc=desc

@@ -1,49 +1,63 @@
 """`LeadEngine`: rounds of selection around any training loop (section 7).
 
-begin_round  draw an arm, choose rows in its tasks, return them
-observe      per micro-batch: the loss's own statistics into the table
+begin_round  draw an arm, choose rows in its tasks, return them        (one copy to the host)
+observe      per micro-batch: the loss's own statistics into the table (no sync)
 step         per optimizer step: its learning rate and supervised tokens advance the clocks
-end_round    loss change, utility, reward, bandit, calibration
+end_round    loss change, utility, reward, bandit, calibration; the report is read lazily
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 import lead_fast.estimators  # noqa: F401  registers the estimators by name
-from lead_fast.bandit import Bandit, Draw
+from lead_fast.bandit import Bandit
 from lead_fast.config import LeadConfig
+from lead_fast.device import copy_to_host, to_device
 from lead_fast.files import write_jsonl
 from lead_fast.pool import Pool
+from lead_fast.ranks import Observation, Shards
+from lead_fast.reference_state import (
+    CHOOSE,
+    IDU,
+    LOSS,
+    QUARANTINED,
+    ROUND,
+    STREAM_ARM,
+    STREAM_FIRST,
+    STREAM_ROWS,
+    STREAM_SHUFFLE,
+    STREAM_TASKS,
+)
 from lead_fast.rng import philox_uniform
-from lead_fast.selection import Candidates, Groups, gumbel, rank, task_quotas
+from lead_fast.rounds import Round, RoundReport
+from lead_fast.selection import Candidates, Groups, candidate_positions, cut_to_budget
 from lead_fast.utility import (
     Clocks,
+    LossChangeEstimator,
     UtilityTable,
     WeightChange,
     estimator_class,
-    idu,
-    lazy_loss,
-    observe,
+    has_own_drop,
+    observed,
+    utility,
 )
+from lead_fast.visits import Visits, make_visit
 
 logger = logging.getLogger(__name__)
 
-# Streams of the counter-based generator: each draw is philox(seed, stream, round, counter), so a resumed run, or a reader
-# of the log, draws the same.
-STREAM_ARM, STREAM_TASKS, STREAM_ROWS, STREAM_SHUFFLE, STREAM_FIRST = range(5)
-
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class SampleStatistics(Protocol):
@@ -57,79 +71,16 @@ class SampleStatistics(Protocol):
     def grad_norm_sq(self) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class Round:
-    """One round's choice.
+class _Open(NamedTuple):
+    """What the open round needs on the device."""
 
-    Attributes:
-        number: 1, 2, ...
-        arm: the arm drawn (the first, where `arms_per_round` > 1); `arms` has all.
-        rows: int64 [n] on the CPU, row numbers of the pool in the round's seeded shuffle: train once over them.
-        utility: fp32 [n] on the CPU, IDU of those rows at choice.
-        draw: probabilities and the uniform numbers behind the draw of the arms.
-        task_uniforms: per arm, the uniform number that placed the systematic sample over its tasks.
-        candidates: per arm, all rows that could be chosen, as the choice saw them.
-    """
-
-    number: int
-    arms: list[int]
-    rows: Tensor
-    utility: Tensor
-    draw: Draw
-    task_uniforms: list[float]
-    candidates: list[Candidates]
-
-    @property
-    def arm(self) -> int:
-        return self.arms[0]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-class RoundReport:
-    """What a round did. Tensors stay on the device until a property is read."""
-
-    def __init__(self, rnd: Round, reward: Tensor, scaled: list[float], log_w: Tensor, seen: Tensor, loss: Tensor,
-                 quarantined: Tensor, calibration: dict[str, Any]) -> None:  # fmt: skip
-        self._rows = rnd.rows
-        self.number, self.arm, self.arms = rnd.number, rnd.arm, rnd.arms
-        self.probs, self.uniforms, self.forced = rnd.draw.all_probs, rnd.draw.uniforms, rnd.draw.forced
-        self.scaled_rewards, self.log_weights, self.calibration = scaled, log_w, calibration
-        self._rewards, self._seen, self._loss, self._quarantined = reward, seen, loss, quarantined
-
-    @cached_property
-    def rewards(self) -> list[float]:
-        """Raw reward of each arm drawn; NaN where none of its rows was observed."""
-        return self._rewards.tolist()
-
-    @property
-    def reward(self) -> float:
-        """Raw reward of `arm`: mean fall of utility ("idu") or of loss ("drop") over the round's rows, in nats."""
-        return self.rewards[0]
-
-    @cached_property
-    def num_samples(self) -> int:
-        """Rows of the round that were observed with a finite loss."""
-        return int(self._seen)
-
-    @cached_property
-    def mean_loss(self) -> float:
-        """Mean over those rows of their mean nll per supervised token, as observed."""
-        return float(self._loss)
-
-    @cached_property
-    def quarantined(self) -> list[int]:
-        """Rows of the round whose loss was not finite: never chosen again."""
-        return self._rows[self._quarantined.cpu()].tolist()
-
-    @property
-    def num_quarantined(self) -> int:
-        """Number of those rows."""
-        return len(self.quarantined)
-
-    def __repr__(self) -> str:
-        return f"RoundReport(number={self.number}, arm={self.arm}, reward={self.reward:.4g}, num_samples={self.num_samples})"
+    rows: Tensor  # int64 [n]
+    begin_idu: Tensor  # fp32 [n]
+    arms: Tensor  # int64 [m], -1 for none
+    arm_probs: Tensor  # fp64 [m], with which each was drawn
+    mask: Tensor  # bool [K], the arms that could be drawn
+    first_step: int
+    begin_weights: Tensor | None
 
 
 class LeadEngine:
@@ -139,7 +90,13 @@ class LeadEngine:
         pool: rows with `arm` and `utility` (first utility); `task` and `difficulty` where known. The engine holds arrays
             only, never text.
         config: how to choose.
-        device: where the table lives; None is the CPU.
+        device: where the table lives: the training device; None is the CPU.
+        group: the processes that train together, each on its own share of a round's rows; None is this process alone.
+            All must make the same calls; the shares are merged when the round ends.
+
+    Attributes:
+        record_candidates: rounds carry their candidates. Waits for the device once a round.
+        record_visits: reports carry each observation beside its predictions.
 
     Raises:
         ValueError: the pool lacks an array the engine needs, has no selectable row, or holds non-finite utilities.
@@ -154,45 +111,69 @@ class LeadEngine:
             report = engine.end_round()
     """
 
-    def __init__(self, pool: Pool, config: LeadConfig, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, pool: Pool, config: LeadConfig, device: torch.device | str | None = None, *, group: ProcessGroup | None = None
+    ) -> None:
         self.pool, self.config = pool, config.resolve()
         self.device = torch.device(device or "cpu")
         for name in ("arm", "utility"):
             if getattr(pool, name) is None:
                 raise ValueError(f"LeadEngine: `pool.{name}` must be set (see `lead-fast prepare`), got None")
         arm = np.asarray(pool.arm)
-        task = np.zeros(len(arm), np.int64) if pool.task is None else np.asarray(pool.task)
+        task = np.zeros(len(arm), np.int32) if pool.task is None else np.asarray(pool.task)
         self.num_arms = int(arm.max()) + 1 if len(arm) else 0
         self.groups = Groups(arm, task, np.asarray(pool.aside), self.num_arms, self.device)
-        if not len(self.groups.rows):
+        if not self.groups.num_choosable:
             raise ValueError(f"LeadEngine: `pool` must have a row that may be chosen, got {len(pool)} rows, all set aside")
-        utility = torch.from_numpy(np.asarray(pool.utility, np.float32)).to(self.device)
-        if not bool(torch.isfinite(utility).all()):
+        first_utility = np.asarray(pool.utility, np.float32)
+        if not np.isfinite(first_utility).all():
             raise ValueError("LeadEngine: `pool.utility` must be finite, got NaN or inf")
-        if self.config.round_tokens is not None and pool.num_tokens is None:
-            raise ValueError("LeadEngine: `round_tokens` needs `pool.num_tokens`, got None")
-        self.table = UtilityTable.create(utility, torch.from_numpy(arm.astype(np.int16)).to(self.device))
+        self._num_tokens: Tensor | None = None
+        if self.config.round_tokens is not None:
+            if pool.num_tokens is None:
+                raise ValueError("LeadEngine: `round_tokens` needs `pool.num_tokens`, got None")
+            by_row = torch.from_numpy(np.asarray(pool.num_tokens).astype(np.int32))
+            self._num_tokens = by_row.to(self.device)[self.groups.rows]
+        self.table = UtilityTable(torch.from_numpy(first_utility), self.groups)
         self.clocks = Clocks(self.num_arms, self.device)
-        self.estimator = estimator_class(self.config.estimator)(self.num_arms, self.config.adam_beta1, self.device)
-        self.bandit = Bandit(self.num_arms, self.config.bandit, self.config.gamma, self.config.share)
-        self.budget = min(self.config.budget_rows(len(pool)), len(self.groups.rows))
+        self.estimator = self._make_estimator(self.config.estimator)
+        self.estimators = {self.config.estimator: self.estimator}  # and shadows, which watch only
+        self.bandit = Bandit(self.num_arms, self.config.bandit, self.config.gamma, self.config.share, self.device)
+        self.budget = min(self.config.budget_rows(len(pool)), self.groups.num_choosable)
         self.num_rounds, self.num_used = 0, 0
+        self.record_candidates, self.record_visits = False, False
         self.history: list[tuple[int, Tensor, Tensor]] = []  # (round, rows, utility at choice) of every round
+        self._shards = None if group is None else Shards(group)
         self._round: Round | None = None
         self._weights: WeightChange | None = None
-        sizes = [len(self.groups.arm_rows(k)) for k in range(self.num_arms)]
+        sizes = self.groups.arm_sizes
         empty = [k for k, n in enumerate(sizes) if n == 0]
         if empty:
             logger.warning("arms without a row that may be chosen: %s; they are never drawn", empty)
-        order = self._uniform(STREAM_FIRST, 0, torch.arange(self.num_arms)).argsort()
+        order = philox_uniform(self.config.seed, STREAM_FIRST, 0, torch.arange(self.num_arms)).argsort()
         self._first_visits = [int(k) for k in order if sizes[int(k)]] if self.config.visit_all_first else []
 
     # What the training loop calls.
 
     def track(self, weights: Iterable[Tensor]) -> None:
         """Hands over the trained parameters to estimators that follow their change (`historical`); once, before round 1."""
-        if self.estimator.needs_weights:
+        if any(estimator.needs_weights for estimator in self.estimators.values()):
             self._weights = WeightChange(weights, seed=self.config.seed)
+
+    def shadow(self, names: Iterable[str]) -> None:
+        """Adds estimators that watch the same table and never influence a choice; before `track` and round 1.
+
+        Args:
+            names: registered estimators; the one that chooses and those that watch already are passed over.
+
+        Raises:
+            ValueError: no estimator has such a name. RuntimeError: a round was begun.
+        """
+        if self.num_rounds:
+            raise RuntimeError(f"LeadEngine.shadow: must be called before round 1, got round {self.num_rounds}")
+        for name in names:
+            shadow = self._make_estimator(name)
+            self.estimators.setdefault(name, shadow)
 
     @property
     def progress(self) -> float:
@@ -207,29 +188,16 @@ class LeadEngine:
         """
         if self._round is not None:
             raise RuntimeError(f"LeadEngine.begin_round: round {self._round.number} must be ended first (end_round)")
-        if self.estimator.needs_weights and self._weights is None:
-            raise RuntimeError(f"LeadEngine.begin_round: estimator {self.estimator.name!r} needs track(parameters) first")
-        mask = self._arms_left()
-        if self.num_used >= self.budget or not bool(mask.any()):
-            return None
-        number = self.num_rounds + 1
-        draw = self._draw(mask, number)
-        candidates, uniforms = [], []
-        for arm in draw.arms:
-            uniforms.append(float(self._uniform(STREAM_TASKS, number, torch.tensor([arm]))))
-            candidates.append(self._choose(arm, number, uniforms[-1], len(draw.arms)))
-        rows, utility = self._cut_to_budget(candidates)
-        order = self._uniform(STREAM_SHUFFLE, number, rows).argsort(stable=True)
-        rows, utility = rows[order], utility[order]
-        self._begin_idu = utility
-        self.num_used += int((self.table.uses[rows] == 0).sum())
-        self.table.uses[rows] += 1
-        self.num_rounds = number
-        self._round = Round(number, draw.arms, rows.cpu(), utility.cpu(), draw, uniforms, candidates)
-        self._rows, self._mask, self._first_step = rows, mask, self.clocks.num_steps
-        self._begin_weights = None if self._weights is None else self._weights.snapshot()
-        self.history.append((number, self._round.rows, self._round.utility))
-        return self._round
+        following = [name for name, estimator in self.estimators.items() if estimator.needs_weights]
+        if following and self._weights is None:
+            raise RuntimeError(f"LeadEngine.begin_round: estimator {following[0]!r} needs track(parameters) before round 1")
+        while self.num_used < self.budget:
+            forced = self._first_visits.pop(0) if self._first_visits else None
+            if self._choose(self.num_rounds + 1, forced):
+                return self._round
+            if forced is None:
+                break  # a drawn arm always has rows: none is left at all
+        return None
 
     def observe(self, rows: Tensor, samples: SampleStatistics) -> None:
         """Takes one micro-batch's statistics, before the optimizer step it belongs to.
@@ -240,20 +208,26 @@ class LeadEngine:
             samples: fp32 [S] each, from `linear_cross_entropy(...).samples` with stats="all".
 
         Raises:
-            ValueError: wrong dtype or shape. RuntimeError: no round is open.
+            ValueError: wrong dtype or shape, or, on a CPU, a row number out of range; on a GPU its entry is ignored and
+                counted. RuntimeError: no round is open.
         """
-        rnd = self._open("observe")
+        self._open("observe")
         if rows.dtype != torch.int64 or rows.dim() != 1:
             raise ValueError(f"LeadEngine.observe: `rows` must be int64 [S], got {rows.dtype} {list(rows.shape)}")
-        if samples.loss.shape != rows.shape:
-            raise ValueError(
-                f"LeadEngine.observe: `samples` must have {len(rows)} entries, one a row, got {list(samples.loss.shape)}"
-            )
-        if rows.device.type == "cpu" and len(rows) and (int(rows.max()) >= len(self.pool) or int(rows.min()) < -1):
+        loss, num_tokens, grad_norm_sq = samples.loss, samples.num_tokens, samples.grad_norm_sq
+        if loss.shape != rows.shape:
+            raise ValueError(f"LeadEngine.observe: `samples` must have {len(rows)} entries, one a row, got {list(loss.shape)}")
+        if rows.device.type == "cpu" and len(rows) and not -1 <= int(rows.min()) <= int(rows.max()) < len(self.pool):
             raise ValueError(f"LeadEngine.observe: `rows` must be in -1..{len(self.pool) - 1}, got {rows.tolist()}")
-        rows = rows.to(self.device)
-        loss, tokens, grad_norm_sq = (t.to(self.device) for t in (samples.loss, samples.num_tokens, samples.grad_norm_sq))
-        observe(self.table, self.clocks, self.estimator, rows, loss, tokens, grad_norm_sq, rnd.number)
+        rows = to_device(rows, self.device)
+        loss, num_tokens, grad_norm_sq = (
+            to_device(t, self.device).to(torch.float32).contiguous() for t in (loss, num_tokens, grad_norm_sq)
+        )
+        observation = Observation(self.clocks.num_steps, rows, loss, num_tokens, grad_norm_sq)
+        if self._shards is None:
+            self._take(observation)
+        else:
+            self._shards.add(observation)
 
     def step(self, *, lr: float, num_items: float | Tensor) -> None:
         """Advances the clocks after an optimizer step.
@@ -262,47 +236,59 @@ class LeadEngine:
             lr: the learning rate that the step used.
             num_items: supervised tokens of the whole step, over all micro-batches and ranks; number or 0-d tensor.
         """
-        rnd = self._open("step")
+        self._open("step")
         if not math.isfinite(lr) or lr < 0.0:
             raise ValueError(f"LeadEngine.step: `lr` must be a finite number >= 0, got {lr!r}")
-        self.clocks.step(lr, num_items, rnd.arms)
+        self.clocks.step(lr, num_items, self._at.arms)
 
     def end_round(self) -> RoundReport:
         """Closes the round: loss change and utility of its rows, the arms' rewards, the bandit, the calibration."""
-        rnd, rows = self._open("end_round"), self._rows
+        rnd, table, clocks = self._open("end_round"), self.table, self.clocks
+        rows, begin_idu, arms, arm_probs, mask, first_step, begin_weights = self._at
+        if self._shards is not None:
+            for observation in self._shards.merge(self.device):
+                self._take(observation)
         change = None
-        if self._weights is not None and self._begin_weights is not None:
-            change = self._weights.snapshot() - self._begin_weights
-        self.estimator.end_round(self.clocks, rnd.arms, self._first_step, change)
-        table = self.table
-        seen = (table.round[rows] == rnd.number) & ~table.quarantined[rows]
-        end = idu(table, self.clocks, self.estimator, rows, self.config.smoothing)
-        table.idu[rows] = torch.where(seen, end, table.idu[rows])
-        if self.config.reward == "idu":
-            gain = self._begin_idu - end
-        else:
-            gain = table.loss[rows] - lazy_loss(table, self.clocks, self.estimator, rows)
-        in_arm = (table.arm[rows] == torch.tensor(rnd.arms, device=self.device)[:, None]) & seen
+        if self._weights is not None and begin_weights is not None:
+            change = self._weights.snapshot() - begin_weights
+        for estimator in self.estimators.values():
+            estimator.end_round(clocks, arms, first_step, change)
+        at = table.position[rows].long()
+        barred = table.flags[QUARANTINED, at] != 0
+        seen = (table.seen[ROUND, at] == rnd.number) & ~barred
+        idu, expected = utility(table, clocks, self.estimator, rows, self.config.smoothing)
+        table.values[IDU, at] = torch.where(seen, idu, table.values[IDU, at])
+        loss = table.values[LOSS, at].double()
+        gain = begin_idu.double() - idu if self.config.reward == "idu" else loss - expected
+        in_arm = (table.arm[at] == arms[:, None]) & seen
         rewards = torch.where(in_arm, gain, 0.0).sum(1) / in_arm.sum(1)
-        loss = torch.where(seen, table.loss[rows], 0.0).sum() / seen.sum()
-        scaled = []
-        for arm, prob, reward in zip(rnd.arms, rnd.draw.probs, rewards.tolist(), strict=True):
-            if math.isfinite(reward):
-                scaled.append(self.bandit.update(self._mask, arm, prob, reward))
-            else:
-                logger.warning("round %d: no row of arm %d was observed; its reward is not counted", rnd.number, arm)
-                scaled.append(0.0)
-        self.clocks.end_round()
-        self.estimator.calibrate(self.clocks)
+        scaled = self.bandit.update(mask, arms, arm_probs, rewards)
+        clocks.end_round()
+        for estimator in self.estimators.values():
+            estimator.calibrate(clocks)
         self._round = None
         return RoundReport(
-            rnd, rewards, scaled, self.bandit.log_w.clone(), seen.sum(), loss, table.quarantined[rows],
-            self.estimator.calibration(),
+            rnd, rewards=rewards, scaled=scaled, log_weights=self.bandit.log_w.clone(), num_samples=seen.sum(),
+            loss=torch.where(seen, loss, 0.0).sum() / seen.sum(), quarantined=barred,
+            estimator=self.estimator, snapshot=self.estimator.snapshot(clocks),
+            visits=self._visits if self.record_visits else None,
         )  # fmt: skip
 
     def utility(self, rows: Tensor) -> Tensor:
         """IDU of `rows` (int64 [R]) now, fp32 [R] on the engine's device."""
-        return idu(self.table, self.clocks, self.estimator, rows.to(self.device), self.config.smoothing)
+        return utility(self.table, self.clocks, self.estimator, to_device(rows, self.device), self.config.smoothing)[0]
+
+    def predicted_loss(self, rows: Tensor, estimator: str | None = None) -> Tensor:
+        """Loss of `rows` (int64 [R]) now by the main estimator or by one that shadows it, without a forward pass: fp32 [R].
+
+        Raises:
+            ValueError: no estimator of that name watches.
+        """
+        name = self.config.estimator if estimator is None else estimator
+        if name not in self.estimators:
+            known = ", ".join(self.estimators)
+            raise ValueError(f"LeadEngine.predicted_loss: `estimator` must be one of {known}, got {name!r}")
+        return utility(self.table, self.clocks, self.estimators[name], to_device(rows, self.device), self.config.smoothing)[1]
 
     # How a round is made.
 
@@ -311,72 +297,133 @@ class LeadEngine:
             raise RuntimeError(f"LeadEngine.{call}: no round is open; call begin_round first")
         return self._round
 
-    def _uniform(self, stream: int, round_number: int, counters: Tensor) -> Tensor:
-        return philox_uniform(self.config.seed, stream, round_number, counters)
+    def _make_estimator(self, name: str) -> LossChangeEstimator:
+        return estimator_class(name)(self.num_arms, self.config.adam_beta1, self.device)
 
-    def _available(self, rows: Tensor) -> Tensor:
-        return (self.table.uses[rows] < self.config.max_uses) & ~self.table.quarantined[rows]
+    @cached_property
+    def _hooked(self) -> list[LossChangeEstimator]:
+        """Estimators with a `pair` of their own."""
+        return [e for e in self.estimators.values() if type(e).pair is not LossChangeEstimator.pair]
 
-    def _arms_left(self) -> Tensor:
-        return torch.tensor([bool(self._available(self.groups.arm_rows(k)).any()) for k in range(self.num_arms)])
+    @cached_property
+    def _pair_state(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        states = [state for e in self.estimators.values() if (state := e.pair_state()) is not None]
+        if len(states) > 1:
+            raise ValueError(f"LeadEngine: one estimator may have a pair_state, got {len(states)} of {list(self.estimators)}")
+        return states[0] if states else (None, None, None)
 
-    def _draw(self, mask: Tensor, number: int) -> Draw:
-        while self._first_visits:
-            arm = self._first_visits.pop(0)
-            if mask[arm]:
-                return self.bandit.forced(mask, arm)
-        uniforms = self._uniform(STREAM_ARM, number, torch.arange(self.config.arms_per_round))
-        return self.bandit.draw(mask, uniforms.tolist())
-
-    def _choose(self, arm: int, number: int, uniform: float, num_arms: int) -> Candidates:
-        """Ranks one arm's tasks and marks the rows chosen."""
-        config, groups = self.config, self.groups.arm_groups[arm]
-        assert config.choose is not None and config.exclude_top is not None  # resolved in __init__
-        rows = self.groups.arm_rows(arm)
-        group = torch.from_numpy(np.repeat(np.arange(groups.stop - groups.start), self.groups.arm_group_sizes(arm)))
-        keep = self._available(rows)
-        rows, group = rows[keep], group.to(self.device)[keep]
-        available = torch.bincount(group, minlength=groups.stop - groups.start).cpu().numpy()
-        quotas = task_quotas(available, *self._round_size(rows, num_arms), uniform)
-        excluded = np.floor(config.exclude_top * available + 1e-9).astype(np.int64)
-        utility = self.utility(rows)
-        noise = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
-        if config.choose != "topk":
-            noise = self._uniform(STREAM_ROWS, number, rows)
-            noise = gumbel(noise) if config.choose == "softmax" else noise
-        chosen = rank(
-            utility, noise, group, torch.from_numpy(quotas).to(self.device), torch.from_numpy(excluded).to(self.device),
-            choose=config.choose, temperature=config.temperature,
+    def _take(self, observation: Observation) -> None:
+        """Lets hooks see an observation, and then the table take it, at the step it was made."""
+        table, clocks = self.table, self.clocks
+        step, rows, loss, num_tokens, grad_norm_sq = observation
+        now, steps = None, clocks.num_steps
+        if step != steps:  # of a round that went on since
+            now, clocks.num_steps = torch.full((1,), step, device=self.device), step
+        if self._hooked or self.record_visits:
+            self._show(rows, loss, num_tokens)
+        torch.ops.lead_fast.observe(
+            rows, loss, num_tokens, grad_norm_sq, now, table.position, table.arm, table.values, table.seen, table.flags,
+            table.left, clocks.counters, clocks.clock, clocks.unit, *self._pair_state, self.config.adam_beta1,
+            self.config.max_uses, self.groups.num_choosable,
         )  # fmt: skip
-        task = torch.from_numpy(self.groups.task[groups]).to(self.device)[group]
-        return Candidates(rows, task, self.table.uses[rows].long(), utility, noise, chosen)
+        clocks.num_steps = steps
 
-    def _round_size(self, rows: Tensor, num_arms: int) -> tuple[float, int | None]:
-        """Share taken of each task, and the cap on the arm's rows, for a round over the available `rows`."""
+    def _show(self, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> None:
+        """Hands a micro-batch to hooks and records, before the table takes it."""
+        valid = observed(self.table, rows, loss, num_tokens)
+        if self.record_visits:
+            self._visits.append(make_visit(self.table, self.clocks, self.estimators, rows, loss, valid))
+        spare = len(self.pool)
+        at = torch.where(valid, self.table.position[torch.where(valid, rows, 0)].long(), spare)
+        for estimator in self._hooked:
+            estimator.pair(self.table, self.clocks, at, loss, valid)
+
+    @property
+    def _shadows(self) -> dict[str, LossChangeEstimator]:
+        return {name: e for name, e in self.estimators.items() if e is not self.estimator}
+
+    def _choose(self, number: int, forced: int | None) -> bool:
+        """Opens round `number` on the arm `forced`, or on arms drawn now; False where that gives no row."""
+        config, table = self.config, self.table
+        mask = table.left > 0
+        num_draws = config.arms_per_round
+        if num_draws > 1:
+            num_draws = max(1, min(num_draws, int(mask.sum())))  # how many arms share a round decides its size
+        uniforms = philox_uniform(config.seed, STREAM_ARM, number, torch.arange(num_draws, device=self.device))
+        if forced is None:
+            arms, arm_probs, probs = self.bandit.draw(mask, uniforms)
+        else:
+            # A visit that was not drawn: probability 1 for the update, the bandit's own in the log.
+            arms, probs = torch.full((1,), forced, device=self.device), self.bandit.probs(mask)
+            arm_probs, num_draws = torch.ones(1, dtype=torch.float64, device=self.device), 1
+        rate, cap, token_budget = self._round_size(num_draws)
+        capacity = self.groups.most_chosen(rate, cap)
+        candidates = [self._candidates(int(arm), number) for arm in arms] if self.record_candidates else []
+        own_drop = has_own_drop(self.estimator)
+        given = self.utility(table.rows.long()) if own_drop else None
+        coefficients = self.estimator.coefficients(self.clocks)
+        assert config.choose is not None and config.exclude_top is not None  # resolved in __init__
+        chosen = [
+            torch.ops.lead_fast.rank(
+                arms[i : i + 1], self.groups.offsets, self.groups.arm_groups, table.rows, table.values, table.seen,
+                table.flags, coefficients, self.estimator.by_round, given, self._num_tokens, config.smoothing, rate, cap,
+                token_budget, config.exclude_top, CHOOSE[config.choose], config.temperature, config.seed, number,
+                config.max_uses, int(self.groups.arm_sizes.max()), capacity,
+            )
+            for i in range(num_draws)
+        ]  # fmt: skip
+        tasks = philox_uniform(config.seed, STREAM_TASKS, number, arms)
+        host = copy_to_host(arms, probs, uniforms, tasks, *(column for columns in chosen for column in columns))
+        drawn = [i for i, arm in enumerate(host[0].tolist()) if arm >= 0]
+        columns = [host[4 + 3 * i : 7 + 3 * i] for i in drawn]
+        rows, idu, uses = (torch.cat([c[j][c[0] >= 0] for c in columns] or [host[4 + j][:0]]) for j in range(3))
+        if not len(rows):
+            return False
+        chosen_rows = set(rows.tolist()) if candidates else set()
+        rows, idu, uses = cut_to_budget(rows, idu, uses, self.budget - self.num_used)
+        order = philox_uniform(config.seed, STREAM_SHUFFLE, number, rows).argsort(stable=True)
+        rows, idu, uses = rows[order], idu[order], uses[order]
+
+        self.num_used += int((uses == 0).sum())
+        self.num_rounds = number
+        self._visits: list[Visits] = []
+        self._round = Round(
+            number=number, arms=[int(host[0][i]) for i in drawn], rows=rows, utility=idu, probs=host[1],
+            uniforms=[] if forced is not None else [float(host[2][i]) for i in drawn], forced=forced is not None,
+            task_uniforms=[float(host[3][i]) for i in drawn],
+            candidates=[_marked(c, chosen_rows) for c in candidates],
+        )  # fmt: skip
+        on_device = to_device(rows, self.device)
+        begin_weights = None if self._weights is None else self._weights.snapshot()
+        self._at = _Open(on_device, to_device(idu, self.device), arms, arm_probs, mask, self.clocks.num_steps, begin_weights)
+        table.choose(on_device, config.max_uses)
+        self.history.append((number, rows, idu))
+        return True
+
+    def _round_size(self, num_arms: int) -> tuple[float, int, float]:
+        """Of a round over `num_arms` arms: share taken of each task, cap on an arm's rows (-1: none), an arm's tokens (0: by
+        share)."""
         config = self.config
-        rate, cap = config.rate, None
-        if config.round_tokens is not None:
-            assert self.pool.num_tokens is not None  # checked in __init__
-            mean = float(np.mean(self.pool.num_tokens[rows.cpu().numpy()]))
-            rate, cap = 1.0, max(1, round(config.round_tokens / num_arms / max(mean, 1.0)))
+        rate, cap, tokens = config.rate, -1, 0.0
         if config.min_rounds:
-            per_round = max(1, self.budget // config.min_rounds // num_arms)
-            cap = per_round if cap is None else min(cap, per_round)
-        return rate, cap
+            cap = max(1, self.budget // config.min_rounds // num_arms)
+        if config.round_tokens is not None:
+            # A row has at least one token, so this bounds the rows.
+            rate, tokens = 1.0, config.round_tokens / num_arms
+            most = max(1, round(tokens))
+            cap = most if cap < 0 else min(cap, most)
+        return rate, cap, tokens
 
-    def _cut_to_budget(self, candidates: list[Candidates]) -> tuple[Tensor, Tensor]:
-        """The chosen rows and their utility; rows that are new beyond the budget are cut by utility, lowest first."""
-        rows = torch.cat([c.row[c.chosen] for c in candidates])
-        utility = torch.cat([c.utility[c.chosen] for c in candidates])
-        rows, order = rows.sort()  # ties go to the lower row, whatever its task
-        utility = utility[order]
-        new = self.table.uses[rows] == 0
-        left = self.budget - self.num_used
-        if int(new.sum()) > left:
-            order = torch.argsort(torch.where(new, utility, torch.inf), descending=True, stable=True)
-            kept = order[: int((~new).sum()) + left].sort().values
-            rows, utility = rows[kept], utility[kept]
-        return rows, utility
+    def _candidates(self, arm: int, number: int) -> Candidates:
+        config = self.config
+        at, task, uses = candidate_positions(self.groups, self.table.flags, arm, config.max_uses)
+        rows = self.table.rows[at].long()
+        noise = torch.zeros(len(rows), dtype=torch.float64)
+        if config.choose != "topk":
+            noise = philox_uniform(config.seed, STREAM_ROWS, number, rows.cpu())
+            noise = -torch.log(-torch.log(noise)) if config.choose == "softmax" else noise
+        none = torch.zeros(len(rows), dtype=torch.bool)
+        return Candidates(rows.cpu(), task, uses.cpu(), self.utility(rows).cpu(), noise, none)
 
     # State.
 
@@ -393,11 +440,12 @@ class LeadEngine:
             "table": self.table.state_dict(),
             "clocks": self.clocks.state_dict(),
             "estimator": self.estimator.state_dict(),
+            "shadows": {name: shadow.state_dict() for name, shadow in self._shadows.items()},
             "bandit": self.bandit.state_dict(),
             "history": {
                 "round": torch.tensor([n for n, rows, _ in self.history for _ in rows], dtype=torch.int64),
                 "row": torch.cat([torch.zeros(0, dtype=torch.int64), *(rows for _, rows, _ in self.history)]),
-                "utility": torch.cat([torch.zeros(0), *(utility for _, _, utility in self.history)]),
+                "utility": torch.cat([torch.zeros(0), *(values for _, _, values in self.history)]),
             },
         }
 
@@ -405,27 +453,31 @@ class LeadEngine:
         """Restores `state_dict()` into an engine over the same pool and configuration.
 
         Raises:
-            ValueError: another version, another pool, or arrays of another size.
+            ValueError: another version, another pool, other estimators, or arrays of another size.
         """
         if state["version"] != STATE_VERSION:
             raise ValueError(f"LeadEngine: state `version` must be {STATE_VERSION}, got {state['version']}")
         if state["pool"] != self.pool.fingerprint:
             raise ValueError(f"LeadEngine: state `pool` must be {self.pool.fingerprint}, got {state['pool']}")
+        if state["shadows"].keys() != self._shadows.keys():
+            raise ValueError(f"LeadEngine: state `shadows` must be {sorted(self._shadows)}, got {sorted(state['shadows'])}")
         self.table.load_state_dict(state["table"])
         self.clocks.load_state_dict(state["clocks"])
         self.estimator.load_state_dict(state["estimator"])
+        for name, shadow in self._shadows.items():
+            shadow.load_state_dict(state["shadows"][name])
         self.bandit.load_state_dict(state["bandit"])
         self.num_rounds, self.num_used = int(state["num_rounds"]), int(state["num_used"])
         self._first_visits = list(state["first_visits"])
         self._round = None
-        rounds, rows, utility = (state["history"][k] for k in ("round", "row", "utility"))
-        self.history = [(n, rows[rounds == n], utility[rounds == n]) for n in rounds.unique().tolist()]
+        rounds, rows, values = (state["history"][k] for k in ("round", "row", "utility"))
+        self.history = [(n, rows[rounds == n], values[rounds == n]) for n in rounds.unique().tolist()]
 
     def selected(self) -> list[dict[str, Any]]:
         """Each chosen row once: {"row", "id", "rounds": [...], "utility": [at each choice]}, in order of first choice."""
         chosen: dict[int, dict[str, Any]] = {}
-        for number, rows, utility in self.history:
-            for row, value in zip(rows.tolist(), utility.tolist(), strict=True):
+        for number, rows, values in self.history:
+            for row, value in zip(rows.tolist(), values.tolist(), strict=True):
                 entry = chosen.setdefault(row, {"id": self.pool.id(row), "row": row, "rounds": [], "utility": []})
                 entry["rounds"].append(number)
                 entry["utility"].append(value)
@@ -440,3 +492,8 @@ class LeadEngine:
             self.pool.export_jsonl([e["row"] for e in entries], path, extra=extra)
             return
         write_jsonl(path, entries)
+
+
+def _marked(candidates: Candidates, rows: set[int]) -> Candidates:
+    chosen = torch.tensor([row in rows for row in candidates.row.tolist()], dtype=torch.bool)
+    return dataclasses.replace(candidates, chosen=chosen)

@@ -1,6 +1,7 @@
 """Coarse-to-fine choice: inside the drawn arm, the rows of each fine cluster (task) by utility (section 6).
 
-Rows are kept grouped by arm and task, so that a choice costs what its arm costs, whatever the size of the pool.
+Rows are kept grouped by arm and task, so that a choice costs what its arm costs, whatever the size of the pool. The choice
+itself is the operator `rank` (`lead_fast.reference_state`).
 """
 
 from __future__ import annotations
@@ -12,68 +13,72 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Guards ceil(rate * n) against products that are an integer but for rounding: 0.015 * 200 = 3.0000000000000004.
-_CEIL_SLACK = 1e-9
+from lead_fast.reference_state import USES, available_positions
+
+_MAX_ROWS = 2**31 - 2
 
 
 class Groups:
-    """The pool's rows grouped by (arm, task), ascending within a group; rows set aside are left out.
+    """The pool's rows in position order: by (arm, task), ascending within a group, rows set aside last.
+
+    Args:
+        arm, task: integers [N], by row. aside: bool [N], rows that may never be chosen.
 
     Attributes:
-        rows: int64 [M], the grouped rows.
-        offsets: int64 [G + 1] on the CPU, where each group starts in `rows`.
-        arm, task: int64 [G] on the CPU, each group's arm and task.
-        arm_groups: for each arm, its groups as a slice of the above.
+        rows: int32 [N], position -> row. position: int32 [N], row -> position. arm: int16 [N], by position.
+        num_choosable: positions from here on are set aside.
+        offsets: int64 [G + 1], where each group starts; arm_groups: int64 [K + 1], the groups of each arm. On the device.
+        group_task: int64 [G], the task of each group, on the host. group_sizes: int64 [G]; arm_sizes: int64 [K].
     """
 
     def __init__(self, arm: np.ndarray, task: np.ndarray, aside: np.ndarray, num_arms: int, device: torch.device) -> None:
-        order = np.lexsort((np.arange(len(arm)), task, arm))
-        order = order[~aside[order]]
-        a, t = arm[order].astype(np.int64), task[order].astype(np.int64)
-        starts = np.flatnonzero(np.r_[True, (a[1:] != a[:-1]) | (t[1:] != t[:-1])]) if len(order) else np.zeros(0, np.int64)
-        self.rows = torch.from_numpy(order.astype(np.int64)).to(device)
-        self.offsets = np.append(starts, len(order)).astype(np.int64)
-        self.arm, self.task = a[starts], t[starts]
-        bounds = np.searchsorted(self.arm, np.arange(num_arms + 1))
-        self.arm_groups = [slice(lo, hi) for lo, hi in pairwise(bounds.tolist())]
+        if len(arm) > _MAX_ROWS:
+            raise ValueError(f"Groups: the pool must have at most {_MAX_ROWS} rows, got {len(arm)}")
+        tasks, dense = np.unique(task, return_inverse=True)
+        num_groups = num_arms * len(tasks)
+        # A group number a row; numbers of 16 bits are sorted by radix.
+        number = arm.astype(np.int64) * len(tasks) + dense
+        number[aside] = num_groups
+        number = number.astype(np.uint16 if num_groups < 2**16 else np.int64)
+        order = np.argsort(number, kind="stable").astype(np.int32)
+        sizes = np.bincount(number, minlength=num_groups + 1)[:num_groups]
+        present = np.flatnonzero(sizes)
+        position = np.empty_like(order)
+        position[order] = np.arange(len(order), dtype=np.int32)
+
+        self.num_arms, self.num_choosable = num_arms, int(sizes.sum())
+        self.group_task, self.group_sizes = tasks[present % max(len(tasks), 1)].astype(np.int64), sizes[present]
+        bounds = np.searchsorted(present // max(len(tasks), 1), np.arange(num_arms + 1))
+        self._arm_groups = [slice(lo, hi) for lo, hi in pairwise(bounds.tolist())]
+        self._offsets = np.append(0, np.cumsum(self.group_sizes)).astype(np.int64)
+        self.arm_sizes = np.array([self.group_sizes[s].sum() for s in self._arm_groups], np.int64)
+        self.rows, self.position = torch.from_numpy(order).to(device), torch.from_numpy(position).to(device)
+        self.arm = torch.from_numpy(arm.astype(np.int16)[order]).to(device)
+        self.offsets, self.arm_groups = torch.from_numpy(self._offsets).to(device), torch.from_numpy(bounds).to(device)
+
+    def choosable_rows(self) -> Tensor:
+        """All rows that may be chosen, in position order: int64 on the device."""
+        return self.rows[: self.num_choosable].long()
 
     def arm_rows(self, arm: int) -> Tensor:
-        """The rows of an arm, int64, grouped by task."""
-        groups = self.arm_groups[arm]
-        return self.rows[self.offsets[groups.start] : self.offsets[groups.stop]]
+        """The rows of an arm, grouped by task: int64 on the device."""
+        groups = self._arm_groups[arm]
+        return self.rows[self._offsets[groups.start] : self._offsets[groups.stop]].long()
 
-    def arm_group_sizes(self, arm: int) -> np.ndarray:
-        """Rows in each task of an arm, int64."""
-        groups = self.arm_groups[arm]
-        return np.diff(self.offsets[groups.start : groups.stop + 1])
+    def arm_tasks(self, arm: int) -> np.ndarray:
+        """The tasks of an arm, in the order of its groups, int64."""
+        return self.group_task[self._arm_groups[arm]]
 
-
-def task_quotas(available: np.ndarray, rate: float, cap: int | None, uniform: float) -> np.ndarray:
-    """Rows to take from each task.
-
-    Args:
-        available: rows still available in each task, int64 [J].
-        rate: share taken of each, rounded up, at least one row of a task that has any.
-        cap: rows of the whole arm at most, or None. Above it, the quotas are thinned by systematic sampling: task j gets
-            floor or ceil of its proportional share, the total is exactly `cap`, and no task is favoured over the rounds.
-        uniform: the number in (0, 1) that places the systematic sample.
-
-    Returns:
-        int64 [J].
-    """
-    wanted = np.ceil(rate * available.astype(np.float64) - _CEIL_SLACK).astype(np.int64)
-    wanted = np.minimum(np.maximum(wanted, 1), available)
-    total = int(wanted.sum())
-    if cap is None or total <= cap:
-        return wanted
-    edges = np.floor(np.cumsum(np.r_[0, wanted]) * (cap / total) + uniform).astype(np.int64)
-    edges[0], edges[-1] = 0, cap
-    return np.diff(edges)
+    def most_chosen(self, rate: float, cap: int) -> int:
+        """Rows that `rank` can choose at most from any one arm, at `rate` under `cap` (-1: none)."""
+        quotas = np.minimum(np.maximum(np.ceil(rate * self.group_sizes - 1e-9), 1), self.group_sizes).astype(np.int64)
+        most = max(int(quotas[groups].sum()) for groups in self._arm_groups)
+        return most if cap < 0 else min(most, cap)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The available rows of a drawn arm, as the choice saw them; all tensors [C].
+    """The available rows of a drawn arm, as the choice saw them; all tensors [C] on the CPU.
 
     `noise` is what the choice adds to or uses instead of utility: Gumbel numbers for softmax, uniform numbers for
     random, zeros for topk.
@@ -87,43 +92,19 @@ class Candidates:
     chosen: Tensor  # bool
 
 
-def rank(
-    utility: Tensor, noise: Tensor, group: Tensor, quotas: Tensor, excluded: Tensor, *, choose: str, temperature: float
-) -> Tensor:
-    """Marks the rows chosen in each group.
-
-    Args:
-        utility: fp32 [C].
-        noise: fp64 [C], see `Candidates`.
-        group: int64 [C], ascending: which task a candidate belongs to, 0..J-1. Within a group rows ascend, so that every
-            stable sort breaks ties toward the lower row.
-        quotas: int64 [J], rows to choose.
-        excluded: int64 [J], highest-utility rows to leave out first.
-        choose: "topk" by utility, "softmax" by utility / temperature + Gumbel noise, "random" by noise.
-        temperature: of "softmax".
-
-    Returns:
-        bool [C].
-    """
-    starts = torch.searchsorted(group, torch.arange(len(quotas), device=group.device))
-    position = torch.arange(len(group), device=group.device) - starts[group]
-
-    def by_rank(key: Tensor) -> Tensor:
-        order = torch.argsort(key, descending=True, stable=True)
-        order = order[torch.argsort(group[order], stable=True)]
-        ranks = torch.empty_like(order)
-        ranks[order] = position
-        return ranks
-
-    utility_rank = by_rank(utility)
-    if choose == "topk":
-        chosen_rank = utility_rank - excluded[group]
-        return (chosen_rank >= 0) & (chosen_rank < quotas[group])
-    key = noise if choose == "random" else utility.double() / temperature + noise
-    allowed = utility_rank >= excluded[group]
-    return allowed & (by_rank(key.masked_fill(~allowed, -torch.inf)) < quotas[group])
+def candidate_positions(groups: Groups, flags: Tensor, arm: int, max_uses: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of an arm's rows that may be chosen: positions int64, tasks int64 on the CPU, uses int64. Waits for the device."""
+    at, group, _ = available_positions(arm, groups.offsets, groups.arm_groups, flags, max_uses)
+    return at, torch.from_numpy(groups.arm_tasks(arm))[group.cpu()], flags[USES, at].long()
 
 
-def gumbel(uniform: Tensor) -> Tensor:
-    """Gumbel(0, 1) numbers from uniform ones, fp64."""
-    return -torch.log(-torch.log(uniform.double()))
+def cut_to_budget(rows: Tensor, utility: Tensor, uses: Tensor, left: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Chosen rows, [n] on the CPU, in ascending order; of those never used before at most `left`, lowest utility cut first."""
+    rows, order = rows.sort()  # ties go to the lower row, whatever its task
+    utility, uses = utility[order], uses[order]
+    new = uses == 0
+    if int(new.sum()) > left:
+        order = torch.argsort(torch.where(new, utility, torch.inf), descending=True, stable=True)
+        kept = order[: int((~new).sum()) + left].sort().values
+        rows, utility, uses = rows[kept], utility[kept], uses[kept]
+    return rows, utility, uses

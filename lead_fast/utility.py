@@ -4,158 +4,202 @@
     IDU_i       = (1 - b) * Lhat_i + b * IDU_i(previous visit)
 
 Utilities are evaluated lazily: nothing is written for untouched rows, yet their utility moves with training through
-`drop`, which an estimator computes from a row's own entry and the clocks.
+`drop`, which an estimator computes from a row's own entry and the clocks. The arithmetic is that of the operators in
+`lead_fast.state`; this module holds the state they work on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lead_fast import state as _state  # noqa: F401, its import defines torch.ops.lead_fast.observe and the rest
+from lead_fast.reference_state import (
+    ARM_LR_SUM,
+    IDU,
+    LOSS,
+    NUM_ITEMS,
+    NUM_ROUNDS,
+    NUM_STEPS,
+    PEAK_LR,
+    PREVIOUS,
+    PROXY,
+    QUARANTINED,
+    ROUND,
+    ROUND_LR,
+    STEP,
+    USES,
+    last_occurrence,
+)
+from lead_fast.selection import Groups
 
-@dataclass
+
 class UtilityTable:
-    """One entry a row, and one spare entry at the end that takes the writes of rows to be ignored; tensors [N + 1].
+    """One entry a row, in the position order of `groups`: 36 bytes a row, so 100 million rows fit in 4 GB.
 
-    32 bytes a row. A row that was never trained on stands as if seen at step 0 with its first utility as loss.
+    A row that was never trained on stands as if seen at step 0 with its first utility as loss.
+
+    Args:
+        first_utility: fp32 [N], by row.
+        groups: the order; its device is the table's.
+
+    Attributes:
+        rows, position: int32 [N], position -> row and row -> position.
+        arm: int16 [N], by position, like all that follows.
+        values: fp32 [4, N + 1]: LOSS, mean nll per supervised token when last seen; IDU at the end of the round of the last
+            visit; PREVIOUS, the same of the visit before; PROXY, G_i / n_i when last seen, 0 if never.
+        seen: int32 [2, N + 1]: STEP, optimizer steps completed when last seen; ROUND of the last visit, 0 if never.
+        flags: uint8 [2, N + 1]: USES, rounds that chose the row; QUARANTINED, a loss was not finite: never ranked, never in
+            a mean.
+        left: int64 [K], rows of each arm that may still be chosen.
     """
 
-    loss: Tensor  # fp32, mean nll per supervised token when last seen
-    idu: Tensor  # fp32, IDU at the end of the round of the last visit
-    previous_idu: Tensor  # fp32, the same of the visit before
-    grad_sq: Tensor  # fp32, G_i / n_i when last seen; 0 if never
-    step: Tensor  # int32, optimizer steps completed when last seen
-    round: Tensor  # int32, number of the round when last seen; 0 if never
-    arm: Tensor  # int16
-    uses: Tensor  # uint8, rounds that chose the row
-    quarantined: Tensor  # bool, a loss was not finite: never ranked, never in a mean
+    def __init__(self, first_utility: Tensor, groups: Groups) -> None:
+        self.rows, self.position, self.arm = groups.rows, groups.position, groups.arm
+        device, n = groups.rows.device, len(groups.rows)
+        self.values = torch.zeros(4, n + 1, dtype=torch.float32, device=device)
+        self.values[LOSS, :n] = first_utility.to(device)[groups.rows]
+        self.values[IDU], self.values[PREVIOUS] = self.values[LOSS], self.values[LOSS]
+        self.seen = torch.zeros(2, n + 1, dtype=torch.int32, device=device)
+        self.flags = torch.zeros(2, n + 1, dtype=torch.uint8, device=device)
+        self.left = torch.from_numpy(groups.arm_sizes.copy()).to(device)
 
-    @classmethod
-    def create(cls, first_utility: Tensor, arm: Tensor) -> UtilityTable:
-        """A table of rows that were never seen; `first_utility` fp32 [N], `arm` int16 [N], on the engine's device."""
-        spare = first_utility.new_zeros(1)
-        loss = torch.cat([first_utility, spare])
-
-        def zeros(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(len(loss), dtype=dtype, device=loss.device)
-
-        return cls(
-            loss=loss,
-            idu=loss.clone(),
-            previous_idu=loss.clone(),
-            grad_sq=zeros(torch.float32),
-            step=zeros(torch.int32),
-            round=zeros(torch.int32),
-            arm=torch.cat([arm, arm.new_zeros(1)]),
-            uses=zeros(torch.uint8),
-            quarantined=zeros(torch.bool),
-        )
+    def choose(self, rows: Tensor, max_uses: int) -> None:
+        """Counts one use of each of `rows`, int64 [R], distinct and on the table's device."""
+        at = self.position[rows].long()
+        self.flags[USES, at] += 1
+        exhausted = (self.flags[USES, at] >= max_uses) & (self.flags[QUARANTINED, at] == 0)
+        self.left.index_add_(0, self.arm[at].long(), -exhausted.long())
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in vars(self).items()}
+        return {name: getattr(self, name).clone() for name in self._state}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, value in vars(self).items():
+        for name in self._state:
+            value = getattr(self, name)
             if state[name].shape != value.shape:
                 raise ValueError(f"UtilityTable: `{name}` must have shape {tuple(value.shape)}, got {tuple(state[name].shape)}")
             value.copy_(state[name])
+
+    _state = ("values", "seen", "flags", "left")
 
 
 class Clocks:
     """What training did at each optimizer step; rows store a step index and look the rest up.
 
-    Attributes (s = steps completed before; entry s describes step s, sums run up to and without it):
-        lr: learning rate of step s, fp64 [capacity].
-        num_items: supervised tokens of step s over all micro-batches and ranks, fp64 [capacity].
-        lr_sum: learning rate summed before step s, fp64 [capacity + 1].
-        arm_lr_sum: the part of it spent in each arm, fp64 [capacity + 1, K].
+    Attributes:
+        clock: fp64 [capacity + 1, 3 + K]. Entry s: LR and NUM_ITEMS (supervised tokens over all micro-batches and ranks) of
+            step s; LR_SUM, the learning rate summed before step s, and the part of it spent in each arm.
+        counters: int64 [4]: NUM_STEPS, NUM_ROUNDS that were closed, NUM_QUARANTINED observations with a loss that was not
+            finite, OUT_OF_RANGE row numbers (counted on a GPU; refused on a CPU).
+        unit: fp64 [2]: PEAK_LR; ROUND_LR, the learning rate of one round at peak rate, the unit of tau.
+        num_steps, num_rounds: the same counters on the host, which knows them without asking the device.
     """
 
     def __init__(self, num_arms: int, device: torch.device, capacity: int = 1024) -> None:
-        self.num_steps = 0
-        self.num_rounds = 0
-        self.peak_lr = 0.0
-        self.round_lr = 1.0  # learning rate of one round at peak rate: the unit of tau
-        self.lr = torch.zeros(capacity, dtype=torch.float64, device=device)
-        self.num_items = torch.ones(capacity, dtype=torch.float64, device=device)
-        self.lr_sum = torch.zeros(capacity + 1, dtype=torch.float64, device=device)
-        self.arm_lr_sum = torch.zeros(capacity + 1, num_arms, dtype=torch.float64, device=device)
+        self.num_steps, self.num_rounds = 0, 0
+        self.clock = self._fresh(capacity + 1, num_arms, device)
+        self.counters = torch.zeros(4, dtype=torch.int64, device=device)
+        self.unit = torch.tensor([0.0, 1.0], dtype=torch.float64).to(device)
 
-    def step(self, lr: float, num_items: float | Tensor, arms: list[int]) -> None:
-        """Advances by one optimizer step whose samples came from `arms` in equal parts."""
-        s = self.num_steps
-        if s + 1 >= len(self.lr):
-            self._grow()
-        self.lr[s] = lr
-        self.num_items[s] = num_items
-        self.lr_sum[s + 1] = self.lr_sum[s] + lr
-        self.arm_lr_sum[s + 1] = self.arm_lr_sum[s]
-        for arm in arms:
-            self.arm_lr_sum[s + 1, arm] += lr / len(arms)
-        self.num_steps = s + 1
-        self.peak_lr = max(self.peak_lr, lr)
+    @staticmethod
+    def _fresh(entries: int, num_arms: int, device: torch.device) -> Tensor:
+        clock = torch.zeros(entries, ARM_LR_SUM + num_arms, dtype=torch.float64, device=device)
+        clock[:, NUM_ITEMS] = 1.0
+        return clock
+
+    def step(self, lr: float, num_items: float | Tensor, arms: Tensor) -> None:
+        """Advances by one optimizer step whose samples came from `arms`, int64 [A] on the device, in equal parts."""
+        if self.num_steps + 1 >= len(self.clock):
+            clock = self._fresh(2 * len(self.clock), self.clock.shape[1] - ARM_LR_SUM, self.clock.device)
+            clock[: len(self.clock)] = self.clock
+            self.clock = clock
+        torch.ops.lead_fast.step(self._number(lr), self._number(num_items), arms, self.clock, self.counters, self.unit)
+        self.num_steps += 1
+
+    def _number(self, value: float | Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.to(self.clock.device, torch.float64, non_blocking=True).reshape(())
+        return torch.full((), value, dtype=torch.float64, device=self.clock.device)  # a fill, not a copy: no sync
 
     def end_round(self) -> None:
         """Counts a round and renews the unit of tau: peak rate times the mean number of steps a round."""
         self.num_rounds += 1
-        if self.num_steps and self.peak_lr > 0.0:
-            self.round_lr = self.peak_lr * self.num_steps / self.num_rounds
-
-    def _grow(self) -> None:
-        for name in self._tensors:
-            old = getattr(self, name)
-            setattr(self, name, torch.cat([old, old.new_zeros(old.shape)]))
+        self.counters[NUM_ROUNDS] += 1
+        unit = self.unit[PEAK_LR] * (self.num_steps / self.num_rounds)
+        self.unit[ROUND_LR] = torch.where(unit > 0.0, unit, self.unit[ROUND_LR])
 
     def state_dict(self) -> dict[str, Any]:
-        n = self.num_steps
-        tensors = {k: getattr(self, k)[: n + k.endswith("sum")].clone() for k in self._tensors}
-        scalars = {k: getattr(self, k) for k in ("num_steps", "num_rounds", "peak_lr", "round_lr")}
-        return tensors | scalars
+        used = self.clock[: self.num_steps + 1].clone()
+        return {"clock": used, "counters": self.counters.clone(), "unit": self.unit.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("num_steps", "num_rounds", "peak_lr", "round_lr"):
-            setattr(self, name, state[name])
-        while len(self.lr) <= self.num_steps:
-            self._grow()
-        for name in self._tensors:
-            getattr(self, name)[: len(state[name])] = state[name].to(getattr(self, name).device)
-
-    _tensors = ("lr", "num_items", "lr_sum", "arm_lr_sum")
+        used = state["clock"]
+        if used.shape[1] != self.clock.shape[1]:
+            raise ValueError(f"Clocks: `clock` must have {self.clock.shape[1]} columns, got {tuple(used.shape)}")
+        self.clock = self._fresh(max(1025, 2 * len(used)), used.shape[1] - ARM_LR_SUM, self.clock.device)
+        self.clock[: len(used)] = used.to(self.clock.device)
+        self.counters.copy_(state["counters"])
+        self.unit.copy_(state["unit"])
+        self.num_steps, self.num_rounds = (int(n) for n in state["counters"][[NUM_STEPS, NUM_ROUNDS]])
 
 
 class LossChangeEstimator:
     """How much a row's loss fell since it was last seen. Subclass, and register with `register_estimator`.
 
-    The engine calls `pair` with every observation, before the table takes it; `end_round` once a round, before its losses
-    are carried to its end; and `calibrate` last of all, so that no reward holds a change of the coefficients. `drop` must be
-    cheap, since ranking evaluates it for a whole arm. This base class is the estimator `none`: nothing ever changes.
+    An estimator is either affine in a row's proxy, with coefficients by arm and by the step (or round) of the last visit:
+    override `coefficients`, and ranking streams at memory speed; or anything else: override `drop`, which ranking then
+    evaluates for all rows. The engine calls `pair` with every observation, before the table takes it; `end_round` once a
+    round, before its losses are carried to its end; and `calibrate` last of all, so that no reward holds a change of the
+    coefficients. This base class is the estimator `none`: nothing ever changes.
     """
 
     name = "none"
     #: the engine hands `end_round` the round's change of the trained weights only to estimators that ask for it
     needs_weights = False
+    #: `coefficients` go by the round of a row's last visit, in place of its step
+    by_round = False
 
     def __init__(self, num_arms: int, adam_beta1: float, device: torch.device) -> None:
         self.num_arms, self.adam_beta1, self.device = num_arms, adam_beta1, device
+        self._nothing = torch.zeros(2, num_arms, 1, dtype=torch.float64, device=device)
 
-    def drop(self, table: UtilityTable, clocks: Clocks, rows: Tensor) -> Tensor:
-        """Predicted fall of the loss of `rows` (int64 [R]) since each was last seen, fp32 [R]; may be negative."""
-        return torch.zeros(len(rows), dtype=torch.float32, device=rows.device)
+    def coefficients(self, clocks: Clocks) -> Tensor:
+        """Slope and level of drop = slope * proxy + level, fp64 [2, K, n]; a step or round from n on has drop 0."""
+        return self._nothing
 
-    def pair(self, table: UtilityTable, clocks: Clocks, rows: Tensor, loss: Tensor, valid: Tensor) -> None:
-        """Sees the truth: `loss` fp32 [R] observed now; entries where `valid` (bool [R]) is False are to be ignored."""
+    def drop(self, table: UtilityTable, clocks: Clocks, at: Tensor) -> Tensor:
+        """Predicted fall of the loss at positions `at` (int64 [R]) since each was last seen, fp32 [R]; may be negative."""
+        index = table.seen[ROUND if self.by_round else STEP, at].long()
+        coefficients = self.coefficients(clocks)
+        known = index < coefficients.shape[2]
+        slope, level = coefficients[:, table.arm[at].long(), torch.where(known, index, 0)]
+        return torch.where(known, (slope * table.values[PROXY, at].double() + level).float(), 0.0)
 
-    def end_round(self, clocks: Clocks, arms: list[int], first_step: int, weight_change: Tensor | None) -> None:
-        """Closes a round whose first optimizer step was `first_step`."""
+    def pair(self, table: UtilityTable, clocks: Clocks, at: Tensor, loss: Tensor, valid: Tensor) -> None:
+        """Sees the truth: `loss` fp32 [R] observed now at positions `at`, int64 [R], before the table takes it.
+
+        Entries where `valid`, bool [R], is False are to be ignored; their position is the spare one.
+        """
+
+    def pair_state(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """pairs, totals and fit where `observe` itself is to keep grad_norm's regression."""
+        return None
+
+    def end_round(self, clocks: Clocks, arms: Tensor, first_step: int, weight_change: Tensor | None) -> None:
+        """Closes a round of `arms`, int64 [A] on the device (-1: none), whose first optimizer step was `first_step`."""
 
     def calibrate(self, clocks: Clocks) -> None:
         """Refits what is learned from the pairs so far."""
 
-    def calibration(self) -> dict[str, Any]:
+    def snapshot(self, clocks: Clocks) -> dict[str, Tensor]:
+        """Copies, on the device, of what `describe` needs: reports are read later."""
+        return {}
+
+    def describe(self, snapshot: dict[str, Tensor]) -> dict[str, Any]:
         """What a report says of the estimator: coefficients, numbers of pairs, whether the prior is in use."""
         return {"estimator": self.name}
 
@@ -189,61 +233,34 @@ def estimator_class(name: str) -> type[LossChangeEstimator]:
     return _ESTIMATORS[name]
 
 
-def lazy_loss(table: UtilityTable, clocks: Clocks, estimator: LossChangeEstimator, rows: Tensor) -> Tensor:
-    """Lhat of `rows` (int64 [R]) now, without a forward pass: fp32 [R]."""
-    return (table.loss[rows] - estimator.drop(table, clocks, rows)).clamp_min(0.0)
+def has_own_drop(estimator: LossChangeEstimator) -> bool:
+    """Whether the estimator overrides `drop`, so that its utilities are not those of the operators."""
+    return type(estimator).drop is not LossChangeEstimator.drop
 
 
-def idu(table: UtilityTable, clocks: Clocks, estimator: LossChangeEstimator, rows: Tensor, smoothing: float) -> Tensor:
-    """IDU of `rows` (int64 [R]) now: fp32 [R]. An unseen row's previous utility is its first one."""
-    lhat = lazy_loss(table, clocks, estimator, rows)
-    return (1.0 - smoothing) * lhat + smoothing * table.previous_idu[rows]
+def utility(
+    table: UtilityTable, clocks: Clocks, estimator: LossChangeEstimator, rows: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """IDU and Lhat of `rows` (int64 [R]) now, without a forward pass: fp32 [R] each.
 
-
-def last_occurrence(rows: Tensor) -> Tensor:
-    """True where a row number does not occur again later in `rows` [S]: of duplicates, the last one counts."""
-    same = rows[:, None] == rows[None, :]
-    return ~torch.triu(same, diagonal=1).any(1)
-
-
-def observe(
-    table: UtilityTable,
-    clocks: Clocks,
-    estimator: LossChangeEstimator,
-    rows: Tensor,
-    loss: Tensor,
-    num_tokens: Tensor,
-    grad_norm_sq: Tensor,
-    round_number: int,
-) -> None:
-    """Scatters one micro-batch's statistics into the table.
-
-    A sample without a row or without supervised tokens is ignored. A non-finite loss quarantines its row for good. Of a row
-    that occurs twice in the micro-batch the last finite loss counts; seen twice in a round, the smoothing advances once.
-
-    Args:
-        rows: int64 [S]; -1 for samples without a row.
-        loss, num_tokens, grad_norm_sq: fp32 [S], see `linear_cross_entropy`.
-        round_number: of the round that is open.
-
-    No host synchronisation; the result does not depend on the order in which a device executes writes.
+    An unseen row's previous utility is its first one.
     """
-    spare = len(table.loss) - 1
-    present = (rows >= 0) & (num_tokens > 0)
-    finite = torch.isfinite(loss)
-    usable = present & finite & ~table.quarantined[torch.where(present, rows, spare)]
-    valid = usable & last_occurrence(torch.where(usable, rows, -1))
-    at = torch.where(valid, rows, spare)
+    if not has_own_drop(estimator):
+        return torch.ops.lead_fast.utility(
+            rows, table.position, table.arm, table.values, table.seen, estimator.coefficients(clocks),
+            estimator.by_round, smoothing,
+        )  # fmt: skip
+    at = table.position[rows].long()
+    loss = (table.values[LOSS, at] - estimator.drop(table, clocks, at)).clamp_min(0.0)
+    return (1.0 - smoothing) * loss + smoothing * table.values[PREVIOUS, at], loss
 
-    estimator.pair(table, clocks, at, loss, valid)
-    table.previous_idu[at] = table.idu[at]  # `idu` moves at the round's end only
-    table.loss[at] = torch.where(valid, loss, 0.0)
-    per_token = torch.where(torch.isfinite(grad_norm_sq), grad_norm_sq, 0.0) / num_tokens.clamp_min(1.0)
-    table.grad_sq[at] = torch.where(valid, per_token, 0.0)
-    table.step[at] = clocks.num_steps
-    table.round[at] = round_number
-    table.quarantined[torch.where(present & ~finite, rows, spare)] = True
-    table.quarantined[spare] = False
+
+def observed(table: UtilityTable, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> Tensor:
+    """Which samples of a micro-batch `observe` will take, bool [S]: arguments as there."""
+    present = (rows >= 0) & (rows < len(table.rows)) & (num_tokens > 0)
+    at = table.position[torch.where(present, rows, 0)].long()
+    usable = present & torch.isfinite(loss) & (table.flags[QUARANTINED, at] == 0)
+    return usable & last_occurrence(torch.where(usable, rows, -1))
 
 
 class WeightChange:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lead_fast.bandit import VARIANTS, Bandit, RewardScale, exp3_draw, exp3_probs, exp3_update
+from lead_fast.bandit import VARIANTS, Bandit, exp3_draw, exp3_probs, exp3_update
 
 
 def test_probs_mix_softmax_and_exploration_over_active_arms_only():
@@ -68,14 +68,27 @@ def test_many_updates_at_the_bounds_stay_finite(variant):
         assert float(probs.min()) >= 0.1 / 5 - 1e-12
 
 
+def _scaled(scale, *rewards):
+    return torch.ops.lead_fast.scale_rewards(scale, torch.tensor(rewards, dtype=torch.float64)).tolist()
+
+
 def test_reward_scale_is_zero_until_three_rewards_and_clips_at_two_deviations():
-    scale = RewardScale()
-    assert [scale.add(1.0), scale.add(2.0)] == [0.0, 0.0]
-    assert scale.add(3.0) == pytest.approx((3.0 - 2.0) / 2.0)
-    assert RewardScale(count=10, mean=0.0, squares=9.0).add(1e9) == 1.0
-    assert RewardScale(count=10, mean=0.0, squares=9.0).add(-1e9) == -1.0
-    constant = RewardScale()
-    assert [constant.add(0.5) for _ in range(5)][-1] == 0.0
+    scale = torch.zeros(3, dtype=torch.float64)
+    assert _scaled(scale, 1.0, 2.0) == [0.0, 0.0]
+    assert _scaled(scale, math.nan, 3.0) == [0.0, pytest.approx((3.0 - 2.0) / 2.0)]
+    assert scale.tolist() == [3.0, 2.0, 2.0]
+    assert _scaled(torch.tensor([10.0, 0.0, 9.0], dtype=torch.float64), 1e9) == [1.0]
+    assert _scaled(torch.tensor([10.0, 0.0, 9.0], dtype=torch.float64), -1e9) == [-1.0]
+    assert _scaled(torch.zeros(3, dtype=torch.float64), *[0.5] * 5)[-1] == 0.0
+
+
+def _update(bandit, mask, arm, prob, reward):
+    arms, numbers = torch.tensor([arm]), torch.tensor([prob, reward], dtype=torch.float64)
+    return float(bandit.update(mask, arms, numbers[:1], numbers[1:]))
+
+
+def _draw(bandit, mask, *uniforms):
+    return bandit.draw(mask, torch.tensor(uniforms, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -84,10 +97,10 @@ def test_the_better_arm_is_drawn_more_often(variant):
     generator = torch.Generator().manual_seed(0)
     drawn = torch.zeros(3)
     for _ in range(400):
-        draw = bandit.draw(mask, torch.rand(1, generator=generator).tolist())
-        drawn[draw.arms[0]] += 1
+        arms, probs, _ = _draw(bandit, mask, float(torch.rand((), generator=generator)))
+        drawn[arms[0]] += 1
         noise = float(torch.rand((), generator=generator)) * 0.2
-        bandit.update(mask, draw.arms[0], draw.probs[0], (0.0, 0.3, 1.0)[draw.arms[0]] + noise)
+        _update(bandit, mask, int(arms[0]), float(probs[0]), (0.0, 0.3, 1.0)[int(arms[0])] + noise)
     if variant == "uniform":
         assert drawn.min() > 90
     else:
@@ -97,19 +110,29 @@ def test_the_better_arm_is_drawn_more_often(variant):
 def test_draw_of_several_arms_is_without_replacement_and_skips_retired_ones():
     bandit = Bandit(4, "exp3")
     mask = torch.tensor([True, False, True, True])
-    draw = bandit.draw(mask, [0.1, 0.5, 0.9, 0.99])
-    assert sorted(draw.arms) == [0, 2, 3]
-    assert draw.probs == pytest.approx([1.0, 1.0, 1.0])
+    arms, probs, _ = _draw(bandit, mask, 0.1, 0.5, 0.9, 0.99)
+    assert sorted(arms.tolist()) == [-1, 0, 2, 3] and arms[3] == -1
+    assert probs[:3].tolist() == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_no_arm_left_draws_none_and_a_reward_that_is_not_there_changes_nothing():
+    bandit, none = Bandit(3), torch.zeros(3, dtype=torch.bool)
+    arms, _, probs = _draw(bandit, none, 0.5)
+    assert arms.tolist() == [-1] and probs.tolist() == [0.0, 0.0, 0.0]
+    before = bandit.state_dict()
+    mask = torch.ones(3, dtype=torch.bool)
+    assert _update(bandit, mask, 1, 0.3, math.nan) == 0.0 and _update(bandit, mask, -1, 0.3, 1.0) == 0.0
+    assert all(torch.equal(before[name], value) for name, value in bandit.state_dict().items())
 
 
 def test_state_round_trips():
     bandit, mask = Bandit(3), torch.ones(3, dtype=torch.bool)
     for n in range(7):
-        bandit.update(mask, n % 3, 0.3, 0.1 * n)
+        _update(bandit, mask, n % 3, 0.3, 0.1 * n)
     other = Bandit(3)
     other.load_state_dict(bandit.state_dict())
     assert torch.equal(other.log_w, bandit.log_w)
-    assert other.update(mask, 1, 0.3, 0.7) == bandit.update(mask, 1, 0.3, 0.7)
+    assert _update(other, mask, 1, 0.3, 0.7) == _update(bandit, mask, 1, 0.3, 0.7)
     with pytest.raises(ValueError, match="must have 4 arms"):
         Bandit(4).load_state_dict(bandit.state_dict())
 

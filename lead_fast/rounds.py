@@ -1,0 +1,119 @@
+"""What a round chose (`Round`) and what came of it (`RoundReport`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from lead_fast.selection import Candidates
+from lead_fast.utility import LossChangeEstimator
+from lead_fast.visits import Visits, collect
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round's choice.
+
+    Attributes:
+        number: 1, 2, ...
+        arms: the arms drawn; `arm` is the first of them.
+        rows: int64 [n] on the CPU, row numbers of the pool in the round's seeded shuffle: train once over them.
+        utility: fp32 [n] on the CPU, IDU of those rows at choice.
+        probs: fp64 [K] on the CPU, probability of each arm in the round's draw.
+        uniforms: the uniform numbers that drew the arms; none for a forced visit.
+        forced: the arm was not drawn but visited for the first time.
+        task_uniforms: per arm, the uniform number that placed the systematic sample over its tasks.
+        candidates: per arm, all rows that could be chosen, as the choice saw them; empty unless
+            `LeadEngine.record_candidates`.
+    """
+
+    number: int
+    arms: list[int]
+    rows: Tensor
+    utility: Tensor
+    probs: Tensor
+    uniforms: list[float]
+    forced: bool
+    task_uniforms: list[float]
+    candidates: list[Candidates]
+
+    @property
+    def arm(self) -> int:
+        return self.arms[0]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class RoundReport:
+    """What a round did. Tensors stay on the device until a property is read."""
+
+    def __init__(self, rnd: Round, *, rewards: Tensor, scaled: Tensor, log_weights: Tensor, num_samples: Tensor, loss: Tensor,
+                 quarantined: Tensor, estimator: LossChangeEstimator, snapshot: dict[str, Tensor],
+                 visits: list[Visits] | None) -> None:  # fmt: skip
+        self._rows, self._num_arms = rnd.rows, len(rnd.arms)
+        self.number, self.arm, self.arms = rnd.number, rnd.arm, rnd.arms
+        self.probs, self.uniforms, self.forced = rnd.probs, rnd.uniforms, rnd.forced
+        self._rewards, self._scaled, self._log_weights = rewards, scaled, log_weights
+        self._num_samples, self._loss, self._quarantined = num_samples, loss, quarantined
+        self._estimator, self._snapshot, self._visits = estimator, snapshot, visits
+
+    @cached_property
+    def rewards(self) -> list[float]:
+        """Raw reward of each arm drawn; NaN where none of its rows was observed."""
+        return self._rewards[: self._num_arms].tolist()
+
+    @property
+    def reward(self) -> float:
+        """Raw reward of `arm`: mean fall of utility ("idu") or of loss ("drop") over the round's rows, in nats."""
+        return self.rewards[0]
+
+    @cached_property
+    def scaled_rewards(self) -> list[float]:
+        """Rewards in [-1, 1] as the bandit took them; 0 for the first rewards and where there was none."""
+        return self._scaled[: self._num_arms].tolist()
+
+    @cached_property
+    def log_weights(self) -> Tensor:
+        """The bandit's log weights after the round, fp64 [K] on the CPU."""
+        return self._log_weights.cpu()
+
+    @cached_property
+    def num_samples(self) -> int:
+        """Rows of the round that were observed with a finite loss."""
+        return int(self._num_samples)
+
+    @cached_property
+    def mean_loss(self) -> float:
+        """Mean over those rows of their mean nll per supervised token, as observed."""
+        return float(self._loss)
+
+    @cached_property
+    def quarantined(self) -> list[int]:
+        """Rows of the round whose loss was not finite: never chosen again."""
+        return self._rows[self._quarantined.cpu()].tolist()
+
+    @property
+    def num_quarantined(self) -> int:
+        """Number of those rows."""
+        return len(self.quarantined)
+
+    @cached_property
+    def calibration(self) -> dict[str, Any]:
+        """What the estimator learned so far: its coefficients, the pairs they come from, what still has its prior."""
+        return self._estimator.describe({name: value.cpu() for name, value in self._snapshot.items()})
+
+    @cached_property
+    def visits(self) -> Visits | None:
+        """Every observation of a row with a finite loss, in order; None unless `LeadEngine.record_visits` was on.
+
+        Columns [n] on the CPU: row int64; arm int16; seen_round int32, of the row's visit before, 0 for its first;
+        fp32 seen_loss, when last seen or the first utility; predicted.NAME, by each estimator; observed.
+        """
+        return None if self._visits is None else collect(self._visits)
+
+    def __repr__(self) -> str:
+        return f"RoundReport(number={self.number}, arm={self.arm}, reward={self.reward:.4g}, num_samples={self.num_samples})"
