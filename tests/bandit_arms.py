@@ -131,9 +131,9 @@ def trap(num_rounds: int, num_arms: int, seed: int) -> Arms:
     """Written against `greedy`, whose every draw is known in advance: the arm it will draw pays 0, all others 1."""
     table, bandit, mask = np.ones((num_rounds, num_arms)), Bandit(num_arms, "greedy"), torch.ones(num_arms, dtype=torch.bool)
     for row in table:
-        arm = bandit.draw(mask, [0.5]).arms[0]
-        row[arm] = 0.0
-        bandit.update(mask, arm, 1.0, 0.0)
+        drawn, probs, _ = bandit.draw(mask, _number(0.5))
+        row[int(drawn)] = 0.0
+        bandit.update(mask, drawn, probs, _number(0.0))
     return Arms("trap", table)
 
 
@@ -210,10 +210,14 @@ def play_bandit(bandit: Bandit, arms: Arms, numbers: Sequence[float]) -> np.ndar
     """
     mask, drawn = torch.ones(arms.num_arms, dtype=torch.bool), np.empty(arms.num_rounds, np.int64)
     for t, number in enumerate(numbers):
-        draw = bandit.draw(mask, [number])
-        drawn[t] = draw.arms[0]
-        bandit.update(mask, draw.arms[0], draw.probs[0], float(arms.rewards[t, drawn[t]]))
+        arm, prob, _ = bandit.draw(mask, _number(number))
+        drawn[t] = int(arm)
+        bandit.update(mask, arm, prob, _number(arms.rewards[t, drawn[t]]))
     return drawn
+
+
+def _number(value: float) -> torch.Tensor:
+    return torch.full((1,), float(value), dtype=torch.float64)
 
 
 def regret(arms: Arms, drawn: np.ndarray) -> np.ndarray:
