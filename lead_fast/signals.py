@@ -243,11 +243,11 @@ def _columns(seen: Sequence[RoundFacts], *names: str) -> list[np.ndarray]:
 
 
 def _rewards(rounds: Sequence[RoundFacts]) -> dict[int, np.ndarray]:
-    """Round and reward, [n, 2], of each arm."""
+    """Rounds and rewards, [n, 2], of each arm."""
     rewards: dict[int, list[tuple[int, float]]] = {}
     for facts in rounds:
         for arm, reward in zip(facts["arms"], facts["rewards"], strict=True):
-            if reward is not None:
+            if reward:  # exactly 0 as long as the estimator knows nothing: not yet a worth
                 rewards.setdefault(arm, []).append((facts["round"], reward))
     return {arm: np.array(values) for arm, values in rewards.items()}
 

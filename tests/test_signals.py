@@ -16,12 +16,13 @@ from lead_fast.smoothing import SmoothingMemory
 NUM_ARMS = 5
 
 
-def train(num_rounds, seed=0, *, quality=lambda share: 0.8, worth=lambda arm, share: 0.02 * arm, bias=0.0, fall=0.1,
+def train(num_rounds, seed=0, *, silent=0, quality=lambda share: 0.8, worth=lambda arm, share: 0.02 * arm, bias=0.0, fall=0.1,
           visits=8, noise=0.1, rows=400, signals=None, **config):  # fmt: skip
     """Made-up training that `Signals` watches; `share` is the share of the rounds that are over.
 
     Each visit's loss has fallen by about `fall` since the last, of which the estimator foresees the share `quality` (plus
-    `bias`); each arm's reward is its `worth`, both fading as training goes on.
+    `bias`); each arm's reward is its `worth`, both fading as training goes on. Rewards are 0 for the first `silent` rounds,
+    as they are until an estimator is calibrated.
     """
     g = np.random.default_rng(seed)
     engine = SimpleNamespace(config=lf.LeadConfig(**config).resolve(), record_visits=False)
@@ -40,7 +41,7 @@ def train(num_rounds, seed=0, *, quality=lambda share: 0.8, worth=lambda arm, sh
         }  # fmt: skip
         loss[chosen], last[chosen] = observed, number
         arm = int(g.integers(NUM_ARMS))
-        reward = fade * (0.1 + worth(arm, share) + 0.02 * g.normal())
+        reward = fade * (0.1 + worth(arm, share) + 0.02 * g.normal()) * (number > silent)
         report = SimpleNamespace(visits={k: torch.from_numpy(v) for k, v in columns.items()}, arms=[arm], rewards=[reward],
                                  probs=torch.full((NUM_ARMS,), 1.0 / NUM_ARMS, dtype=torch.float64),
                                  calibration={"estimator": signals.config.estimator, "c": 0.25})  # fmt: skip
@@ -94,6 +95,10 @@ def test_a_planted_failure_is_seen_once(name, seed, caplog):
 def test_too_few_data_say_nothing(name):
     assert train(9, **PLANTED[name][0])[0] == []
     assert train(40, visits=1, **PLANTED[name][0])[0] == []
+
+
+def test_rewards_say_nothing_before_the_estimator_is_calibrated():
+    assert [kinds(train(150, seed, silent=40)[0]) for seed in range(40)] == [[]] * 40
 
 
 def test_a_uniform_bandit_does_not_care_for_worth():
