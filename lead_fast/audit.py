@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 
 from lead_fast.config import read_yaml
 from lead_fast.files import atomic_path, read_jsonl
+from lead_fast.visits import PREDICTED
 
 AUDIT_FOLDER = "audit"
 SOURCES = ("rescored", "visits")
 STAGES = ("early", "middle", "late")  # thirds of the run's rounds
-_PREDICTED = "predicted."
 _INTEGERS, _LOSSES = ("round", "row", "arm", "seen_round"), ("seen_loss", "observed")
 
 # A predicted change is a difference of two fp32 losses: equal changes differ by their rounding, up to this many nats.
@@ -69,10 +69,10 @@ def read_records(folder: Path, source: str) -> Records | None:
     if not files:
         return None
     table = pa.concat_tables([pq.read_table(file) for file in files])
-    names = [name for name in table.column_names if name.startswith(_PREDICTED)]
+    names = [name for name in table.column_names if name.startswith(PREDICTED)]
     columns = {name: table[name].to_numpy().astype(np.int64) for name in _INTEGERS}
     columns |= {name: table[name].to_numpy().astype(np.float64) for name in _LOSSES}
-    predicted = {name.removeprefix(_PREDICTED): table[name].to_numpy().astype(np.float64) for name in names}
+    predicted = {name.removeprefix(PREDICTED): table[name].to_numpy().astype(np.float64) for name in names}
     records = Records(columns, predicted)
     return records.where(np.isfinite(records["observed"]))
 

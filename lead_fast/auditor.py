@@ -16,6 +16,7 @@ from lead_fast.engine import LeadEngine
 from lead_fast.reference_state import STREAM_AUDIT
 from lead_fast.rng import philox_uniform
 from lead_fast.rounds import Round, RoundReport
+from lead_fast.visits import PREDICTED
 
 #: true losses of rows now, fp32 [n] on the CPU, and the tokens of the forward passes that gave them
 Scorer = Callable[[Sequence[int]], tuple[Tensor, int]]
@@ -34,7 +35,7 @@ class Auditor:
     def __init__(self, engine: LeadEngine, config: TrainConfig, score: Scorer, folder: Path) -> None:
         self.engine, self.score, self.folder = engine, score, folder
         self.every, self.num_rows = config.audit_every, config.audit_rows
-        engine.shadow([name for name in config.audited if name != engine.estimator.name])
+        engine.shadow(config.audited)
         engine.record_visits = True
 
     def after_round(self, rnd: Round, report: RoundReport) -> dict[str, Any]:
@@ -44,8 +45,7 @@ class Auditor:
             {"audit": {"rows": re-scored, "tokens": forward tokens}} where rows were re-scored, for the round's record.
         """
         if report.visits:
-            seen = {"seen_round" if name == "round" else name: column for name, column in report.visits.items()}
-            write_records(self.folder, "visits", rnd.number, seen)
+            write_records(self.folder, "visits", rnd.number, report.visits)
         if rnd.number % self.every:
             return {}
         rows, seen_round = audit_rows(self.engine, rnd.number, self.num_rows)
@@ -56,8 +56,8 @@ class Auditor:
             "seen_round": seen_round,
             "seen_loss": self.engine.predicted_loss(rows, "none").cpu(),
         }
-        for name in (self.engine.estimator.name, *(shadow.name for shadow in self.engine.shadows)):
-            columns[f"predicted.{name}"] = self.engine.predicted_loss(rows, name).cpu()
+        for name in self.engine.estimators:
+            columns[PREDICTED + name] = self.engine.predicted_loss(rows, name).cpu()
         columns["observed"], tokens = self.score(rows.tolist())
         write_records(self.folder, "rescored", rnd.number, columns)
         return {"audit": {"rows": len(rows), "tokens": tokens}}

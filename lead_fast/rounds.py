@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lead_fast.selection import Candidates
 from lead_fast.utility import LossChangeEstimator
+from lead_fast.visits import Visits, collect
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RoundReport:
 
     def __init__(self, rnd: Round, *, rewards: Tensor, scaled: Tensor, log_weights: Tensor, num_samples: Tensor, loss: Tensor,
                  quarantined: Tensor, estimator: LossChangeEstimator, snapshot: dict[str, Tensor],
-                 visits: list[dict[str, Tensor]] | None) -> None:  # fmt: skip
+                 visits: list[Visits] | None) -> None:  # fmt: skip
         self._rows, self._num_arms = rnd.rows, len(rnd.arms)
         self.number, self.arm, self.arms = rnd.number, rnd.arm, rnd.arms
         self.probs, self.uniforms, self.forced = rnd.probs, rnd.uniforms, rnd.forced
@@ -107,17 +107,13 @@ class RoundReport:
         return self._estimator.describe({name: value.cpu() for name, value in self._snapshot.items()})
 
     @cached_property
-    def visits(self) -> dict[str, Tensor] | None:
-        """Of every valid observation, with `LeadEngine.record_visits`: tensors on the CPU, None otherwise.
+    def visits(self) -> Visits | None:
+        """Every observation of a row with a finite loss, in order; None unless `LeadEngine.record_visits` was on.
 
-        row int64, arm int64, round int64 (of the visit before, 0: first visit), seen_loss, observed fp32, and for each
-        estimator predicted.NAME fp32, the loss it expected.
+        Columns [n] on the CPU: row int64; arm int16; seen_round int32, of the row's visit before, 0 for its first;
+        fp32 seen_loss, when last seen or the first utility; predicted.NAME, by each estimator; observed.
         """
-        if self._visits is None:
-            return None
-        names = self._visits[0] if self._visits else ()
-        columns = {name: torch.cat([visit[name] for visit in self._visits]).cpu() for name in names}
-        return {name: column[columns["row"] >= 0] for name, column in columns.items()}
+        return None if self._visits is None else collect(self._visits)
 
     def __repr__(self) -> str:
         return f"RoundReport(number={self.number}, arm={self.arm}, reward={self.reward:.4g}, num_samples={self.num_samples})"

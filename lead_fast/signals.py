@@ -88,7 +88,7 @@ def visit_errors(visits: dict[str, np.ndarray], number: int, estimator: str, mem
         count; error and bias (predicted minus observed) of the estimator; error_unchanged and bias_unchanged, had the loss
         when last seen been the prediction; smoothing: {b: error of the utility at that b}. Only the count where it is 0.
     """
-    fresh = visits["round"] < number if visits else np.zeros(0, bool)
+    fresh = visits["seen_round"] < number if visits else np.zeros(0, bool)
     if not fresh.any():
         return {"count": 0}
     row, before, observed = (visits[name][fresh] for name in ("row", "seen_loss", "observed"))

@@ -20,11 +20,13 @@ INNER = {
     "reference_state.py": {"rng"},
     "state.py": {"extension", "reference_state"},
     "device.py": set(),
+    "ranks.py": set(),
     "bandit.py": {"state", "reference_state"},
     "selection.py": {"reference_state"},
     "utility.py": {"state", "reference_state", "selection"},
     "estimators.py": {"utility", "reference_state"},
-    "rounds.py": {"utility", "selection"},
+    "visits.py": {"utility", "reference_state"},
+    "rounds.py": {"utility", "selection", "visits"},
     "pool.py": {"files", "rows", "rowfile"},
     "engine.py": {
         "bandit",
@@ -33,11 +35,13 @@ INNER = {
         "estimators",
         "files",
         "pool",
+        "ranks",
         "reference_state",
         "rng",
         "rounds",
         "selection",
         "utility",
+        "visits",
     },
 }
 

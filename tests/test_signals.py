@@ -36,7 +36,7 @@ def train(num_rounds, seed=0, *, silent=0, quality=lambda share: 0.8, worth=lamb
         drop = fall * fade * g.gamma(4.0, 0.25, visits)
         observed = np.maximum(loss[chosen] - drop + noise * fade * g.normal(size=visits) + common * fade, 0.0)
         columns = {
-            "row": chosen, "arm": chosen % NUM_ARMS, "round": last[chosen], "seen_loss": loss[chosen],
+            "row": chosen, "arm": chosen % NUM_ARMS, "seen_round": last[chosen], "seen_loss": loss[chosen],
             "observed": observed, f"predicted.{signals.config.estimator}": loss[chosen] - quality(share) * drop + bias,
         }  # fmt: skip
         loss[chosen], last[chosen] = observed, number
@@ -144,7 +144,7 @@ def test_smoothing_is_replayed_as_the_engine_smooths():
         visits = {name: column.numpy() for name, column in engine.end_round().visits.items()}
         if not visits or not len(visits["row"]):
             continue
-        revisits += int((visits["round"] > 0).sum())
+        revisits += int((visits["seen_round"] > 0).sum())
         expected = [
             abs(utility[row] - loss) for row, loss in zip(visits["row"].tolist(), visits["observed"].tolist(), strict=True)
         ]
@@ -156,7 +156,7 @@ def test_smoothing_is_replayed_as_the_engine_smooths():
 
 
 def test_a_row_twice_in_a_round_counts_once():
-    visits = {"row": np.array([4, 4, 9]), "round": np.array([1, 7, 0]), "seen_loss": np.array([2.0, 1.0, 3.0]),
+    visits = {"row": np.array([4, 4, 9]), "seen_round": np.array([1, 7, 0]), "seen_loss": np.array([2.0, 1.0, 3.0]),
               "observed": np.array([1.0, 0.9, 2.0]), "predicted.none": np.array([2.0, 1.0, 3.0])}  # fmt: skip
     found = visit_errors(visits, 7, "none", SmoothingMemory([0.1]))
     assert (found["count"], found["error"], found["bias"]) == (2, 1.0, 1.0)

@@ -16,10 +16,15 @@ SHADOWS = ["none", "historical", "grad_norm"]
 def make(shadows=(), record=False, **options):
     pool, utility = make_pool()
     engine, script = lf.LeadEngine(pool, lf.LeadConfig(**OPTIONS | options)), Script(utility)
-    engine.shadow([name for name in shadows if name != engine.estimator.name])
+    engine.shadow(shadows)
     engine.record_visits = record
     engine.track(script.weights)
     return engine, script
+
+
+def described(engine, name):
+    estimator = engine.estimators[name]
+    return estimator.describe(estimator.snapshot(engine.clocks))
 
 
 def test_shadows_and_records_change_no_choice():
@@ -37,10 +42,7 @@ def test_a_shadow_predicts_what_it_would_in_charge(name):
         first, second = run_script(alone, one, 1), run_script(watched, two, 1)
         assert first[0][:3] == second[0][:3]
         assert torch.equal(alone.predicted_loss(everything), watched.predicted_loss(everything, name))
-        shadow = watched.shadows[0]
-        assert alone.estimator.describe(alone.estimator.snapshot(alone.clocks)) == shadow.describe(
-            shadow.snapshot(watched.clocks)
-        )
+        assert described(alone, name) == described(watched, name)
     changed = alone.predicted_loss(everything) != watched.predicted_loss(everything)
     assert changed.any() == (name != "none")
 
@@ -77,7 +79,7 @@ def test_visits_are_what_was_predicted_and_what_came():
             script.move_weights(rnd.number, step.lr)
             engine.step(lr=step.lr, num_items=step.num_items)
         visits = engine.end_round().visits
-        got = list(zip(*(visits[name].tolist() for name in ("row", "arm", "round", "observed")),
+        got = list(zip(*(visits[name].tolist() for name in ("row", "arm", "seen_round", "observed")),
                        *(visits[f"predicted.{name}"].tolist() for name in SHADOWS), strict=True))  # fmt: skip
         assert got == [pytest.approx(entry) for entry in expected], rnd.number
         assert visits["seen_loss"].tolist() == visits["predicted.none"].tolist()
