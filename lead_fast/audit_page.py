@@ -118,8 +118,9 @@ def _plot_scatter(report: AuditReport, source: str, names: tuple[str, str], axes
     low, high = low - margin, high + margin
     for ax, estimator in zip(axes[0], report.estimators, strict=True):
         for (name, records), true, base, color in zip(shown, truths, bases, COLORS, strict=False):
-            ax.plot(true, np.clip(records.predicted[estimator] - base, low, high), "o", ms=2.5, alpha=0.4, mew=0,
-                    color=color, label=name, clip_on=False)  # fmt: skip
+            predicted = records.predicted[estimator] - base if change else np.maximum(records.predicted[estimator], 0.0)
+            ax.plot(true, np.clip(predicted, low, high), "o", ms=2.5, alpha=0.4, mew=0, color=color, label=name,
+                    clip_on=False)  # fmt: skip
         ax.plot([low, high], [low, high], color="#8c959f", lw=0.8)
         ax.set(title=estimator, xlabel="true", xlim=(low, high), ylim=(low, high), aspect="equal")
     axes[0, 0].set(ylabel="predicted")
