@@ -66,6 +66,7 @@ def test_healthy_training_is_silent(healthy, seed):
 PLANTED = {
     "an estimator that foresees twice the fall": ({"quality": lambda share: 2.5}, "calibration", "estimator", "none"),
     "one that is biased": ({"bias": 0.15, "fall": 0.02}, "calibration", "estimator", "none"),
+    "one whose bias its noise hides": ({"bias": 0.12, "fall": 0.0, "noise": 0.5}, "calibration", "estimator", "none"),
     "the published one": ({"quality": lambda share: 3.0, "estimator": "historical"}, "calibration", "estimator", "grad_norm"),
     "an arm that loses its worth": ({"worth": lambda arm, share: 0.1 * (arm == 3) * (share < 0.5)}, "drift", "bandit", "exp3s"),
     "an arm that gains, under exp3s": (
