@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from lead_fast.reference_state import (
     STREAM_TASKS,
 )
 from lead_fast.rng import philox_uniform
-from lead_fast.rounds import Round, RoundReport
+from lead_fast.rounds import OpenRound, Round, RoundReport
 from lead_fast.selection import Candidates, Groups, candidate_positions, cut_to_budget
 from lead_fast.utility import (
     Clocks,
@@ -53,7 +53,7 @@ from lead_fast.utility import (
     observed,
     utility,
 )
-from lead_fast.visits import Visits, make_visit
+from lead_fast.visits import make_visit
 
 logger = logging.getLogger(__name__)
 
@@ -69,18 +69,6 @@ class SampleStatistics(Protocol):
     def num_tokens(self) -> Tensor: ...
     @property
     def grad_norm_sq(self) -> Tensor: ...
-
-
-class _Open(NamedTuple):
-    """What the open round needs on the device."""
-
-    rows: Tensor  # int64 [n]
-    begin_idu: Tensor  # fp32 [n]
-    arms: Tensor  # int64 [m], -1 for none
-    arm_probs: Tensor  # fp64 [m], with which each was drawn
-    mask: Tensor  # bool [K], the arms that could be drawn
-    first_step: int
-    begin_weights: Tensor | None
 
 
 class LeadEngine:
@@ -176,6 +164,11 @@ class LeadEngine:
             self.estimators.setdefault(name, shadow)
 
     @property
+    def open_round(self) -> Round | None:
+        """The round that was begun and not ended; None between rounds."""
+        return self._round
+
+    @property
     def progress(self) -> float:
         """Distinct rows used over the budget, in [0, 1]."""
         return min(1.0, self.num_used / self.budget)
@@ -244,13 +237,13 @@ class LeadEngine:
     def end_round(self) -> RoundReport:
         """Closes the round: loss change and utility of its rows, the arms' rewards, the bandit, the calibration."""
         rnd, table, clocks = self._open("end_round"), self.table, self.clocks
-        rows, begin_idu, arms, arm_probs, mask, first_step, begin_weights = self._at
+        rows, begin_idu, arms, arm_probs, mask, first_step, begin_weights, visits = self._at
         if self._shards is not None:
             for observation in self._shards.merge(self.device):
                 self._take(observation)
         change = None
         if self._weights is not None and begin_weights is not None:
-            change = self._weights.snapshot() - begin_weights
+            change = (now := self._weights.snapshot()) - begin_weights.to(now.device)
         for estimator in self.estimators.values():
             estimator.end_round(clocks, arms, first_step, change)
         at = table.position[rows].long()
@@ -271,7 +264,7 @@ class LeadEngine:
             rnd, rewards=rewards, scaled=scaled, log_weights=self.bandit.log_w.clone(), num_samples=seen.sum(),
             loss=torch.where(seen, loss, 0.0).sum() / seen.sum(), quarantined=barred,
             estimator=self.estimator, snapshot=self.estimator.snapshot(clocks),
-            visits=self._visits if self.record_visits else None,
+            visits=visits if self.record_visits else None,
         )  # fmt: skip
 
     def utility(self, rows: Tensor) -> Tensor:
@@ -332,7 +325,7 @@ class LeadEngine:
         """Hands a micro-batch to hooks and records, before the table takes it."""
         valid = observed(self.table, rows, loss, num_tokens)
         if self.record_visits:
-            self._visits.append(make_visit(self.table, self.clocks, self.estimators, rows, loss, valid))
+            self._at.visits.append(make_visit(self.table, self.clocks, self.estimators, rows, loss, valid))
         spare = len(self.pool)
         at = torch.where(valid, self.table.position[torch.where(valid, rows, 0)].long(), spare)
         for estimator in self._hooked:
@@ -386,7 +379,6 @@ class LeadEngine:
 
         self.num_used += int((uses == 0).sum())
         self.num_rounds = number
-        self._visits: list[Visits] = []
         self._round = Round(
             number=number, arms=[int(host[0][i]) for i in drawn], rows=rows, utility=idu, probs=host[1],
             uniforms=[] if forced is not None else [float(host[2][i]) for i in drawn], forced=forced is not None,
@@ -395,7 +387,8 @@ class LeadEngine:
         )  # fmt: skip
         on_device = to_device(rows, self.device)
         begin_weights = None if self._weights is None else self._weights.snapshot()
-        self._at = _Open(on_device, to_device(idu, self.device), arms, arm_probs, mask, self.clocks.num_steps, begin_weights)
+        begin_idu, first_step = to_device(idu, self.device), self.clocks.num_steps
+        self._at = OpenRound(on_device, begin_idu, arms, arm_probs, mask, first_step, begin_weights, [])
         table.choose(on_device, config.max_uses)
         self.history.append((number, rows, idu))
         return True
@@ -428,9 +421,17 @@ class LeadEngine:
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on identically, between rounds: nested dicts of tensors and numbers."""
-        if self._round is not None:
-            raise RuntimeError(f"LeadEngine.state_dict: round {self._round.number} must be ended first (end_round)")
+        """Everything that `load_state_dict` needs to go on identically, between rounds or inside one.
+
+        Returns:
+            Nested dicts of tensors, numbers, strings and lists; "open" is the round that is open, or None.
+
+        Raises:
+            RuntimeError: a round is open, and several processes have yet to merge what they observed in it.
+        """
+        if self._round is not None and self._shards is not None:
+            raise RuntimeError(f"LeadEngine.state_dict: with several processes, round {self._round.number} must be ended first")
+        open_round = None if self._round is None else {"round": self._round.state_dict(), "device": self._at.state_dict()}
         return {
             "version": STATE_VERSION,
             "pool": self.pool.fingerprint,
@@ -442,6 +443,7 @@ class LeadEngine:
             "estimator": self.estimator.state_dict(),
             "shadows": {name: shadow.state_dict() for name, shadow in self._shadows.items()},
             "bandit": self.bandit.state_dict(),
+            "open": open_round,
             "history": {
                 "round": torch.tensor([n for n, rows, _ in self.history for _ in rows], dtype=torch.int64),
                 "row": torch.cat([torch.zeros(0, dtype=torch.int64), *(rows for _, rows, _ in self.history)]),
@@ -470,6 +472,9 @@ class LeadEngine:
         self.num_rounds, self.num_used = int(state["num_rounds"]), int(state["num_used"])
         self._first_visits = list(state["first_visits"])
         self._round = None
+        if state["open"] is not None:
+            self._round = Round.from_state(state["open"]["round"])
+            self._at = OpenRound.from_state(state["open"]["device"], self.device)
         rounds, rows, values = (state["history"][k] for k in ("round", "row", "utility"))
         self.history = [(n, rows[rounds == n], values[rounds == n]) for n in rounds.unique().tolist()]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lead_fast.selection import Candidates
@@ -46,6 +47,40 @@ class Round:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts of tensors, numbers and lists."""
+        return vars(self) | {"candidates": {str(i): dict(vars(c)) for i, c in enumerate(self.candidates)}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Round:
+        """The round of a `state_dict`."""
+        return cls(**state | {"candidates": [Candidates(**fields) for fields in state["candidates"].values()]})
+
+
+class OpenRound(NamedTuple):
+    """What the engine needs of the open round on its device."""
+
+    rows: Tensor  # int64 [n]
+    begin_idu: Tensor  # fp32 [n]
+    arms: Tensor  # int64 [m], -1 for none
+    arm_probs: Tensor  # fp64 [m], with which each was drawn
+    mask: Tensor  # bool [K], the arms that could be drawn
+    first_step: int
+    begin_weights: Tensor | None
+    visits: list[Visits]  # so far, where they are recorded
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts of tensors and numbers."""
+        state = {name: value for name, value in self._asdict().items() if value is not None}
+        return state | {"visits": {str(i): visit for i, visit in enumerate(self.visits)}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> OpenRound:
+        """The round of a `state_dict`, on a device."""
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
+        visits = [{name: column.to(device) for name, column in visit.items()} for visit in state["visits"].values()]
+        return cls(**{"begin_weights": None} | moved | {"visits": visits})
 
 
 class RoundReport:

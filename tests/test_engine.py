@@ -1,9 +1,11 @@
 """What users add to the engine and ask of it: estimators of their own, rounds by tokens, misuse."""
 
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
-from test_engine_from_spec import Script, make_pool, rows_of, run_script, samples
+from test_engine_from_spec import Script, make_pool, rows_of, run_script, same_state, samples
 
 import lead_fast as lf
 from lead_fast.estimators import GradNorm
@@ -131,3 +133,36 @@ def test_calls_out_of_turn_and_wrong_arguments_are_named():
         engine.observe(torch.tensor([0, 120]), samples(batch))
     with pytest.raises(ValueError, match="`lr` must be a finite number"):
         engine.step(lr=float("nan"), num_items=3)
+
+
+@pytest.mark.parametrize("options", [{}, {"estimator": "historical", "preset": "paper"}], ids=str)
+def test_an_engine_restored_inside_a_round_goes_on_identically(options):
+    engines, states = [], []
+    for stops in (False, True):
+        engine, script = make(**options)
+        engine.record_visits = engine.record_candidates = True
+        out = []
+        for _ in range(12):
+            rnd = engine.begin_round()
+            for step in script.round(rnd.number, rnd.rows.tolist()):
+                for batch in step.batches:
+                    engine.observe(rows_of(batch), samples(batch))
+                    if stops:
+                        file = BytesIO()
+                        torch.save(engine.state_dict(), file)
+                        file.seek(0)
+                        engine = lf.LeadEngine(engine.pool, engine.config)
+                        engine.record_visits = engine.record_candidates = True
+                        engine.track(script.weights)
+                        engine.load_state_dict(torch.load(file, weights_only=True))
+                        assert engine.open_round.rows.tolist() == rnd.rows.tolist()
+                        assert len(engine.open_round.candidates) == 1
+                script.move_weights(rnd.number, step.lr)
+                engine.step(lr=step.lr, num_items=step.num_items)
+            report = engine.end_round()
+            visits = {name: column.tolist() for name, column in report.visits.items()}
+            out.append(repr((rnd.rows.tolist(), report.rewards, report.calibration, report.num_samples, visits)))
+        engines.append(out)
+        states.append(engine.state_dict())
+    assert engines[0] == engines[1]
+    assert same_state(*states)
