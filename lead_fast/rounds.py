@@ -148,7 +148,7 @@ class RoundReport:
         """Every observation of a row with a finite loss, in order; None unless `LeadEngine.record_visits` was on.
 
         Columns [n] on the CPU: row int64; arm int16; seen_round int32, of the row's visit before, 0 for its first;
-        fp32 seen_loss, when last seen or the first utility; predicted.NAME, by each estimator; observed.
+        fp32 seen_loss, when last seen or the first utility; predicted.NAME, by each estimator, not cut at 0; observed.
         """
         return None if self._visits is None else collect(self._visits)
 
