@@ -43,7 +43,7 @@ def interrupted(runs, reference, tmp_path):
     """The command line and the folder of a run that stands still, killed before the rename of its ninth checkpoint."""
     options, _ = reference("lora")
     out = tmp_path / "run"
-    run = runs.start([*options, "--out", str(out)], hold=["rename", 9])
+    run = runs.start([*options, "--out", str(out)], hold=["rename", ".writing", 9])
     assert run.wait_until_held() and run.kill() == -signal.SIGKILL
     return [*options, "--out", str(out), "--resume"], out
 
@@ -68,7 +68,7 @@ def test_a_signal_writes_a_checkpoint_at_the_next_step(signum, status, runs, ref
 def test_a_second_signal_stops_at_once(runs, reference, tmp_path):
     options, _ = reference("lora")
     out = tmp_path / "run"
-    run = runs.start([*options, "--out", str(out)], hold=["fsync", 22])
+    run = runs.start([*options, "--out", str(out)], hold=["fsync", ".writing", 22])
     assert run.wait_until_held()
     before = checkpoints_of(out)
     os.kill(run.pid, signal.SIGTERM)
