@@ -67,9 +67,9 @@ class Runs:
         """Starts `lead-fast ARGV`.
 
         Args:
-            hold: [name, number]: from the call of os.NAME with that number (1, 2, ...) on, among those that touch a checkpoint
-                being written, the process stands still until it is killed.
-            slow: seconds that each of these calls of os.fsync takes longer.
+            hold: [name, part, number]: from the call of os.NAME with that number (1, 2, ...) on, among those whose path holds
+                `part`, the process stands still until it is killed.
+            slow: seconds that each call of os.fsync takes longer that touches a checkpoint being written.
             file_limit: bytes that a file may have (RLIMIT_FSIZE).
         """
         self._count += 1
@@ -126,10 +126,10 @@ def _run(job: dict[str, Any]) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     if "hold" in job:
-        name, number = job["hold"]
-        _wrap(name, lambda count: _hold(job["log"]) if count == number else None)
+        name, part, number = job["hold"]
+        _wrap(name, part, lambda count: _hold(job["log"]) if count == number else None)
     if "slow" in job:
-        _wrap("fsync", lambda _: time.sleep(job["slow"]))
+        _wrap("fsync", ".writing", lambda _: time.sleep(job["slow"]))
     if "file_limit" in job:
         import resource
 
@@ -145,14 +145,14 @@ def _hold(log: str) -> None:
         time.sleep(60.0)
 
 
-def _wrap(name: str, before: Any) -> None:
-    """Calls `before(count)` ahead of each call of os.NAME that touches a checkpoint being written."""
+def _wrap(name: str, part: str, before: Any) -> None:
+    """Calls `before(count)` ahead of each call of os.NAME on a path that holds `part`."""
     call, count = getattr(os, name), 0
 
     def wrapped(target: Any, *rest: Any) -> Any:
         nonlocal count
         path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.fspath(target)
-        if ".writing" in path:
+        if part in path:
             count += 1
             before(count)
         return call(target, *rest)

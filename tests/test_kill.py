@@ -54,11 +54,15 @@ def test_a_run_killed_three_times_is_the_run_that_was_not_killed(runs, reference
     options, expected = reference("lora")
     kills = Kills()
     # In the first file of the checkpoint after the third round, whose line then stands beyond the last checkpoint; before the
-    # rename of a later one; and at some other moment.
+    # rename of a later one; and before the first byte of one.
     after_round = sum(line["steps"] for line in rounds_of(expected)[:3])
-    faults = [{"hold": ["fsync", 1 + (after_round - 1) * FSYNCS]}, {"hold": ["rename", 5]}, {"after": 0.9}]
+    faults = [
+        {"hold": ["fsync", ".writing", 1 + (after_round - 1) * FSYNCS]},
+        {"hold": ["rename", ".writing", 5]},
+        {"hold": ["fsync", "rounds.jsonl", 7]},
+    ]
     kill_until_finished(runs, options, tmp_path / "run", faults, kills)
-    assert kills.total == 3 and kills.in_window >= 2
+    assert kills.total == 3 and kills.in_window == 2
     assert_same_run(tmp_path / "run", expected)
 
 
@@ -68,8 +72,8 @@ def seeded_faults(r, number):
     for _ in range(number):
         checkpoint = r.randint(0, 12)
         yield r.choice([
-            {"hold": ["fsync", checkpoint * FSYNCS + r.randint(1, FSYNCS)]},
-            {"hold": ["rename", 1 + checkpoint]},
+            {"hold": ["fsync", ".writing", checkpoint * FSYNCS + r.randint(1, FSYNCS)]},
+            {"hold": ["rename", ".writing", 1 + checkpoint]},
             {"after": r.uniform(0.0, 3.0)},
             {"after": r.uniform(0.5, 3.0), "slow": 0.02},
         ])  # fmt: skip
