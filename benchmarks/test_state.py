@@ -254,7 +254,7 @@ def tables(results: list[dict[str, Any]]) -> list[str]:
         )
     lines += ["", f"### Ranking one arm of N/7 rows in {TASKS} tasks, {RATE:.1%} of each", ""]
     lines += [
-        "| rows in the arm | | median ms | min to max | lead-fast is faster by | utilities given: by | GB/s of the floor's bytes |",
+        "| rows in the arm | | median ms | min to max | lead-fast is faster by | utilities given: by | GB/s of the floor |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in results:
