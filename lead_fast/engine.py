@@ -8,7 +8,6 @@ end_round    loss change, utility, reward, bandit, calibration; the report is re
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterable
@@ -384,7 +383,7 @@ class LeadEngine:
             number=number, arms=[int(host[0][i]) for i in drawn], rows=rows, utility=idu, probs=host[1],
             uniforms=[] if forced is not None else [float(host[2][i]) for i in drawn], forced=forced is not None,
             task_uniforms=[float(host[3][i]) for i in drawn],
-            candidates=[_marked(c, chosen_rows) for c in candidates],
+            candidates=[c.marked(chosen_rows) for c in candidates],
         )  # fmt: skip
         on_device = to_device(rows, self.device)
         begin_weights = None if self._weights is None else self._weights.snapshot()
@@ -498,8 +497,3 @@ class LeadEngine:
             self.pool.export_jsonl([e["row"] for e in entries], path, extra=extra)
             return
         write_jsonl(path, entries)
-
-
-def _marked(candidates: Candidates, rows: set[int]) -> Candidates:
-    chosen = torch.tensor([row in rows for row in candidates.row.tolist()], dtype=torch.bool)
-    return dataclasses.replace(candidates, chosen=chosen)

@@ -6,6 +6,8 @@ itself is the operator `rank` (`lead_fast.reference_state`).
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -90,6 +92,11 @@ class Candidates:
     utility: Tensor  # fp32
     noise: Tensor  # fp64
     chosen: Tensor  # bool
+
+    def marked(self, rows: Set[int]) -> Candidates:
+        """The same with `rows` as those chosen."""
+        chosen = torch.tensor([row in rows for row in self.row.tolist()], dtype=torch.bool)
+        return dataclasses.replace(self, chosen=chosen)
 
 
 def candidate_positions(groups: Groups, flags: Tensor, arm: int, max_uses: int) -> tuple[Tensor, Tensor, Tensor]:
