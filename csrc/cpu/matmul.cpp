@@ -6,6 +6,7 @@
 #include <array>
 
 #include "core/cpu_features.h"
+#include "ops/torch_macros.h"
 
 // In torch builds with oneDNN only: elsewhere its address is null.
 extern "C" AOTITorchError aoti_torch_cpu__linear_pointwise(AtenTensorHandle x, AtenTensorHandle w,
