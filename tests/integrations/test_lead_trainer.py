@@ -1,0 +1,387 @@
+"""LeadTrainer: losses, gradients and rounds are right, and the host does what its users know."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from host_runs import CHOICE, TokenRows, alone, arguments, array_pool, lead_trainer, lora, tiny, watch, words_tokenizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, Trainer, TrainerCallback
+
+import lead_fast as lf
+from lead_fast.integrations.transformers import LeadTrainer
+from lead_fast.packing import ChatEncoder
+
+FIVE_ROWS = lf.LeadConfig(budget=30, rate=0.5, min_rounds=6)  # a round
+KINDS = [
+    ("llama", {}),
+    ("gemma2", {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 20.0, "sliding_window": 8}),
+    ("gpt2", {}),
+]
+
+
+class Watcher(TrainerCallback):
+    """What a user's callback sees: events, log lines, and the gradients before each optimizer step."""
+
+    def __init__(self):
+        self.events, self.logs, self.gradients = [], [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.events.append("step_begin")
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append("step_end")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.events.append("evaluate")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.events.append("save")
+
+
+def assert_close_gradients(got, expected):
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = max(float(gradient.abs().max()), 1e-2)
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS, ids=[k for k, _ in KINDS])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient_checkpointing"])
+def test_a_step_has_the_loss_and_gradient_of_its_samples_alone(kind, options, checkpointing, tmp_path):
+    model, watcher = tiny(kind, **options), Watcher()
+    start = copy.deepcopy(model)
+    trainer = lead_trainer(
+        tmp_path, model, callbacks=[watcher], max_grad_norm=0.0, gradient_accumulation_steps=3, max_steps=1,
+        gradient_checkpointing=checkpointing, logging_strategy="steps", logging_steps=1, lead=FIVE_ROWS,
+    )  # fmt: skip
+    calls = watch(trainer.engine)
+    trainer.train()
+    observed = [call for call in calls if call[0] == "observe"]
+    rows = [row for _, some, _ in observed for row in some]
+    assert len(observed) == 3 and len(rows) == len(set(rows)) == 5
+    loss, losses, gradients = alone(start, TokenRows(), rows)
+    np.testing.assert_allclose([x for _, _, some in observed for x in some], losses, rtol=2e-5)
+    assert_close_gradients(watcher.gradients[0], gradients)
+    assert next(line["loss"] for line in watcher.logs if "loss" in line) == pytest.approx(loss, rel=2e-5)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["none", "non-reentrant", "reentrant"])
+def test_adapters_learn_the_same_with_and_without_gradient_checkpointing(reentrant, tmp_path):
+    model, watcher = lora(tiny()), Watcher()
+    for name, parameter in model.named_parameters():  # B starts at 0, and would hide A's gradient
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    start = copy.deepcopy(model)
+    options = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    if reentrant:
+        model.enable_input_require_grads()
+    trainer = lead_trainer(
+        tmp_path,
+        model,
+        callbacks=[watcher],
+        max_grad_norm=0.0,
+        max_steps=1,
+        gradient_checkpointing=reentrant is not None,
+        **options,
+    )
+    calls = watch(trainer.engine)
+    trainer.train()
+    rows = [row for call in calls if call[0] == "observe" for row in call[1]]
+    base = start.get_base_model()
+    _, _, gradients = alone(base, TokenRows(), rows)
+    prefixed = {f"base_model.model.{name}": gradient for name, gradient in gradients.items()}
+    assert len(gradients) == 12
+    assert_close_gradients(watcher.gradients[0], prefixed)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 2), (3, 1), (1, 4), (8, 3)])
+def test_each_round_is_whole_before_the_next_begins(batch_size, accumulation, tmp_path):
+    trainer = lead_trainer(tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    calls = watch(trainer.engine)
+    result = trainer.train()
+    seen, chosen, round_rows, micro = 0, set(), None, 0
+    for call in calls:
+        if call[0] == "begin":
+            assert round_rows is None
+            round_rows, left, micro = call[1], list(call[1]), 0
+        elif call[0] == "observe":
+            micro += 1
+            assert 1 <= len(call[1]) <= batch_size
+            assert call[1] == left[: len(call[1])]  # the round's own order
+            left = left[len(call[1]) :]
+        elif call[0] == "step":
+            assert 1 <= micro <= accumulation
+            micro, seen = 0, seen + 1
+        else:
+            assert not left and micro == 0
+            chosen |= set(round_rows)
+            round_rows = None
+    assert calls[-1] == ("end",)
+    assert seen == result.global_step and len(chosen) == trainer.engine.budget == 30
+    items = [call[2] for call in calls if call[0] == "step"]
+    rows = TokenRows()
+    expected = sum(sum(x != -100 for x in rows[row]["labels"]) for call in calls if call[0] == "begin" for row in call[1])
+    assert sum(items) == expected
+
+
+def test_reading_ahead_of_a_round_is_an_error(tmp_path):
+    trainer = lead_trainer(tmp_path)
+    loader = trainer.get_train_dataloader()
+    with pytest.raises(RuntimeError, match="nothing may read ahead of a round"):
+        list(loader)
+    trainer = lead_trainer(tmp_path)
+    # What accelerate makes of a loader fetches one batch more than it gives: the reason why this one is not prepared.
+    ahead = iter(trainer.accelerator.prepare(trainer.get_train_dataloader()))
+    batches = len(next(iter(_opened(trainer))))
+    with pytest.raises(RuntimeError, match="nothing may read ahead of a round"):
+        for _ in range(batches):
+            next(ahead)
+
+
+def _opened(trainer):
+    trainer._rounds.begin()
+    yield trainer._rounds.open.micro_batches
+
+
+def test_callbacks_logs_and_saves_are_the_hosts(tmp_path):
+    watcher = Watcher()
+    trainer = lead_trainer(
+        tmp_path, callbacks=[watcher], logging_strategy="steps", logging_steps=1, eval_dataset=TokenRows(1),
+        eval_strategy="steps", eval_steps=7, save_strategy="steps", save_steps=5, per_device_eval_batch_size=1,
+    )  # fmt: skip
+    trainer.train()
+    steps = trainer.state.global_step
+    assert watcher.events.count("step_begin") == watcher.events.count("step_end") == steps == trainer.state.max_steps
+    losses = [line for line in watcher.logs if "loss" in line]
+    rounds = [line for line in watcher.logs if "lead/round" in line]
+    assert len(losses) == steps  # no line of the host's is lost to a round's
+    assert [line["lead/round"] for line in rounds] == list(range(1, trainer.engine.num_rounds + 1))
+    assert sum(line["lead/steps"] for line in rounds) == steps
+    for line in rounds:
+        assert {"lead/arm", "lead/reward", "lead/scaled_reward", "lead/mean_loss", "lead/samples", "lead/tokens",
+                "lead/supervised_tokens", "lead/rows_used", "lead/progress"} <= line.keys()  # fmt: skip
+        assert sum(line[f"lead/prob_{arm}"] for arm in range(3)) == pytest.approx(1.0)
+    assert rounds[-1]["lead/progress"] == 1.0 and rounds[-1]["lead/rows_used"] == 30
+    assert [h for h in trainer.state.log_history if "lead/round" in h][-1]["step"] == steps
+    assert watcher.events.count("evaluate") == math.ceil(steps / 7)
+    saved = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+    assert saved == sorted({*range(5, steps, 5), steps})
+    assert all((tmp_path / f"checkpoint-{step}" / "lead_state.safetensors").exists() for step in saved)
+    epochs = [line["epoch"] for line in losses]
+    assert epochs == sorted(epochs) and epochs[-1] == 1.0
+
+
+def test_the_bar_knows_the_end_when_the_last_round_begins(tmp_path, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    totals = []
+
+    class Bar(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            (bar,) = [c.training_bar for c in trainer.callback_handler.callbacks if hasattr(c, "training_bar")]
+            totals.append((bar.n, bar.total, state.max_steps))
+
+    trainer = lead_trainer(tmp_path, callbacks=[Bar()], disable_tqdm=False)
+    trainer.train()
+    assert all(total == end > done for done, total, end in totals)
+    assert totals[-1][1] == trainer.state.global_step
+
+
+def test_no_logging_means_none(tmp_path):
+    watcher = Watcher()
+    lead_trainer(tmp_path, callbacks=[watcher], logging_strategy="no").train()
+    assert not [line for line in watcher.logs if "lead/round" in line]
+
+
+@pytest.mark.parametrize(
+    "lead",
+    [CHOICE, lf.LeadConfig(budget=1.0, rate=0.5, min_rounds=0), lf.LeadConfig(preset="paper", budget=20, rate=0.3, max_uses=2)],
+    ids=["robust", "everything", "paper"],
+)
+def test_the_run_ends_with_the_budget_whatever_was_estimated(lead, tmp_path):
+    trainer = lead_trainer(tmp_path, lead=lead)
+    estimate = trainer._rounds.estimated_steps()
+    calls = watch(trainer.engine)
+    trainer.train()
+    steps = sum(call[0] == "step" for call in calls)
+    assert trainer.engine.num_used == trainer.engine.budget
+    assert trainer.state.global_step == trainer.state.max_steps == steps
+    assert steps <= trainer._rounds.most_steps()
+    if lead.budget == 1.0:
+        assert steps > estimate  # arms run dry and rows repeat: the estimate must not cut the run short
+
+
+def test_a_run_ends_when_no_row_is_left(tmp_path):
+    trainer = lead_trainer(tmp_path, save_strategy="steps", save_steps=1000)
+    end = trainer.engine.end_round
+
+    def ending():
+        trainer.engine.table.left.zero_()
+        return end()
+
+    trainer.engine.end_round = ending
+    trainer.train()
+    assert trainer.engine.num_rounds == 3 and trainer.state.global_step == trainer.state.max_steps == 6
+    assert (tmp_path / "checkpoint-6").is_dir()
+
+
+def test_max_steps_stops_a_run_inside_a_round_and_leaves_it_closed(tmp_path):
+    trainer = lead_trainer(tmp_path, max_steps=3, gradient_accumulation_steps=1)
+    calls = watch(trainer.engine)
+    trainer.train()
+    assert [call[0] for call in calls].count("step") == 3 == trainer.state.global_step
+    assert calls[-1] == ("end",) and trainer.engine.num_used < trainer.engine.budget
+    trainer.engine.state_dict()
+
+
+def test_the_schedule_runs_on_progress(tmp_path):
+    trainer = lead_trainer(tmp_path, logging_strategy="steps", logging_steps=1, learning_rate=1e-2)
+    calls = watch(trainer.engine)
+    trainer.train()
+    used, progress, inside = 0, [], []
+    distinct = set()
+    for call in calls:
+        if call[0] == "begin":
+            used, inside = len(distinct), []
+            distinct |= set(call[1])
+        elif call[0] == "step":
+            inside.append(call[1])
+        elif call[0] == "end":
+            progress += [(used + (len(distinct) - used) * i / len(inside)) / 30 for i in range(len(inside))]
+    rates = [call[1] for call in calls if call[0] == "step"]
+    np.testing.assert_allclose(rates, [1e-2 * (1.0 - p) for p in progress], rtol=1e-6)
+    logged = [h["learning_rate"] for h in trainer.state.log_history if "learning_rate" in h]
+    np.testing.assert_allclose(rates, logged, rtol=1e-9)
+
+
+def test_with_max_steps_the_schedule_is_the_hosts(tmp_path):
+    trainer = lead_trainer(tmp_path, max_steps=5, learning_rate=1e-2)
+    calls = watch(trainer.engine)
+    trainer.train()
+    np.testing.assert_allclose([call[1] for call in calls if call[0] == "step"], [1e-2 * (1 - i / 5) for i in range(5)])
+
+
+def test_a_schedule_of_the_users_is_left_alone(tmp_path):
+    model = tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    schedule = LambdaLR(optimizer, lambda step: 0.5**step)
+    trainer = lead_trainer(tmp_path, model, max_steps=-1)
+    trainer.optimizer, trainer.lr_scheduler = optimizer, schedule
+    calls = watch(trainer.engine)
+    trainer.train()
+    rates = [call[1] for call in calls if call[0] == "step"]
+    np.testing.assert_allclose(rates, [0.5 * 0.5**i for i in range(len(rates))])
+
+
+def test_a_skipped_step_moves_no_clock(tmp_path, monkeypatch):
+    trainer = lead_trainer(tmp_path, max_steps=2)
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda self: True))
+    calls = watch(trainer.engine)
+    trainer.train()
+    assert [call[1] for call in calls if call[0] == "step"] == [0.0, 0.0]
+
+
+def test_a_sample_with_a_nan_changes_no_weight(tmp_path):
+    model = tiny()
+    trainer = lead_trainer(tmp_path, model, max_steps=1)
+    before = copy.deepcopy(model.state_dict())
+    calls = watch(trainer.engine)
+
+    def poison(module, inputs, output):
+        output = output.clone()
+        output[0, -2] = math.nan  # supervised, in the last sample of the micro-batch
+        return output
+
+    hook = model.model.norm.register_forward_hook(poison)
+    trainer.train()
+    hook.remove()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [call[1] for call in calls if call[0] == "step"] == [0.0]
+    bad = [call[1][-1] for call in calls if call[0] == "observe"]
+    assert not torch.isfinite(torch.tensor([call[2][-1] for call in calls if call[0] == "observe"])).any()
+    assert int(trainer.engine.clocks.counters[2]) == len(bad)  # quarantined
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_evaluation_is_the_hosts(side, tmp_path):
+    tokenizer = words_tokenizer()
+    tokenizer.padding_side = side
+    model = tiny()
+    own, collator, held_out = model.config._attn_implementation, DataCollatorForSeq2Seq(tokenizer), TokenRows(1)
+    seen = []
+    trainer = lead_trainer(
+        tmp_path, model, eval_dataset=held_out, data_collator=collator, max_steps=1, per_device_eval_batch_size=4
+    )
+    model.model.register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
+    trainer.train()
+    assert set(seen) != {own} and model.config._attn_implementation == own
+    seen.clear()
+    got = trainer.evaluate()["eval_loss"]
+    assert set(seen) == {own}
+    host = Trainer(model, trainer.args, eval_dataset=held_out, data_collator=collator)
+    assert got == host.evaluate()["eval_loss"]
+    trainer.save_model(str(tmp_path / "saved"))
+    assert "lead_fast" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_the_hosts_collator_makes_the_labels(tmp_path):
+    tokenizer = words_tokenizer()
+    rows = TokenRows()
+    for row in rows.rows:
+        del row["labels"]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False, pad_to_multiple_of=16)
+    trainer = lead_trainer(tmp_path, dataset=rows, data_collator=collator, max_steps=1)
+    calls = watch(trainer.engine)
+    trainer.train()
+    expected = sum(len(rows[row]["input_ids"]) - 1 for call in calls if call[0] == "observe" for row in call[1])
+    assert [call[2] for call in calls if call[0] == "step"] == [expected]
+
+
+def test_a_pool_with_text_needs_no_dataset(tmp_path, caplog):
+    tokenizer, path = words_tokenizer(), tmp_path / "pool.jsonl"
+    lines = [f'{{"prompt": "{"q " * (1 + i % 5)}", "response": "{"words " * (1 + i % 3)}", "arm": {i % 3}, "utility": {1 + i}}}'
+             for i in range(30)]  # fmt: skip
+    path.write_text("\n".join(lines))
+    pool = lf.Pool.open(path, cache_dir=tmp_path / "cache")
+    model = tiny(vocab=len(tokenizer))
+    choice = lf.LeadConfig(budget=12, min_rounds=3)
+    trainer = LeadTrainer(model, arguments(tmp_path), processing_class=tokenizer, pool=pool, lead=choice, max_length=40)
+    calls = watch(trainer.engine)
+    trainer.train()
+    encoder = ChatEncoder(tokenizer, 40)
+    rows = [row for call in calls if call[0] == "observe" for row in call[1]]
+    samples = {row: next(encoder.encode([pool.messages(row)])) for row in rows}
+    assert sum(int(samples[row].supervised[1:].sum()) for row in rows) == sum(c[2] for c in calls if c[0] == "step")
+    assert len(set(rows)) == 12
+    cut = sum(sample.cut_prompt > 0 for sample in samples.values())
+    assert cut and f"{cut} of {len(rows)} samples had their prompt cut" in caplog.text
+
+
+def test_two_configurations_reach_their_hosts(tmp_path):
+    other = lf.LeadConfig(budget=12, min_rounds=2, rate=1.0, choose="topk", exclude_top=0.0, gamma=0.5, seed=2)
+    leads = [FIVE_ROWS, other]
+    trainers = [lead_trainer(tmp_path, lead=lead) for lead in leads]
+    for trainer, lead in zip(trainers, leads, strict=True):
+        trainer.train()
+        assert trainer.engine.config == lead.resolve() and trainer.engine.num_used == lead.budget
+    first, second = ([len(rows) for _, rows, _ in trainer.engine.history] for trainer in trainers)
+    assert max(first) == 5 and max(second) == 6
+    top = trainers[1].engine.history[0]  # the arm's six highest utilities
+    arm = np.asarray(array_pool().arm)[top[1][0]]
+    utilities = np.sort(np.asarray(array_pool().utility)[np.asarray(array_pool().arm) == arm])[::-1]
+    assert len(top[1]) == 6 and float(top[2].min()) >= np.float32(utilities[11])
+
+
+def test_a_second_training_needs_a_new_trainer(tmp_path):
+    trainer = lead_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    with pytest.raises(RuntimeError, match="make a new trainer"):
+        trainer.train()
