@@ -115,10 +115,11 @@ class LeadRounds(_Host):
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
         """One epoch, longer than any run: the last round ends it."""
-        rounds = self._rounds
-        most, budget = rounds.most_steps(), self.engine.budget
-        steps = args.max_steps if args.max_steps > 0 else rounds.estimated_steps()
-        return 1, most, budget, budget, self.get_total_train_batch_size(args), most * rounds.accumulation, steps
+        rounds, step_size = self._rounds, self.get_total_train_batch_size(args)
+        most, samples, steps = rounds.most_steps(), self.engine.budget, rounds.estimated_steps()
+        if args.max_steps > 0:
+            samples, steps = min(samples, args.max_steps * step_size), args.max_steps
+        return 1, most, samples, samples, step_size, most * rounds.accumulation, steps
 
     def _expect_end(self) -> None:
         """Tells the host how many steps the run has: an estimate above those taken, until the last round says it exactly."""

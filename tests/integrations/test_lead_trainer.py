@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from host_runs import CHOICE, TokenRows, alone, arguments, array_pool, lead_trainer, lora, tiny, watch, words_tokenizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, Trainer, TrainerCallback
 
 import lead_fast as lf
 from lead_fast.integrations.transformers import LeadTrainer
+from lead_fast.models import PER_SAMPLE_ATTENTION
 from lead_fast.packing import ChatEncoder
 
 FIVE_ROWS = lf.LeadConfig(budget=30, rate=0.5, min_rounds=6)  # a round
@@ -63,8 +65,12 @@ def test_a_step_has_the_loss_and_gradient_of_its_samples_alone(kind, options, ch
         tmp_path, model, callbacks=[watcher], max_grad_norm=0.0, gradient_accumulation_steps=3, max_steps=1,
         gradient_checkpointing=checkpointing, logging_strategy="steps", logging_steps=1, lead=FIVE_ROWS,
     )  # fmt: skip
-    calls = watch(trainer.engine)
+    calls, attention = watch(trainer.engine), set()
+    layers = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, _: attention.add(module.config._attn_implementation))
     trainer.train()
+    assert layers and attention == {PER_SAMPLE_ATTENTION}  # when backward recomputes, too
     observed = [call for call in calls if call[0] == "observe"]
     rows = [row for _, some, _ in observed for row in some]
     assert len(observed) == 3 and len(rows) == len(set(rows)) == 5
@@ -234,10 +240,11 @@ def test_a_run_ends_when_no_row_is_left(tmp_path):
 
 
 def test_max_steps_stops_a_run_inside_a_round_and_leaves_it_closed(tmp_path):
-    trainer = lead_trainer(tmp_path, max_steps=3, gradient_accumulation_steps=1)
+    trainer = lead_trainer(tmp_path, max_steps=4, gradient_accumulation_steps=1)  # rounds of three steps
     calls = watch(trainer.engine)
     trainer.train()
-    assert [call[0] for call in calls].count("step") == 3 == trainer.state.global_step
+    names = [call[0] for call in calls]
+    assert names.count("step") == 4 == trainer.state.global_step and names.count("begin") == names.count("end") == 2
     assert calls[-1] == ("end",) and trainer.engine.num_used < trainer.engine.budget
     trainer.engine.state_dict()
 
@@ -343,6 +350,35 @@ def test_the_hosts_collator_makes_the_labels(tmp_path):
     trainer.train()
     expected = sum(len(rows[row]["input_ids"]) - 1 for call in calls if call[0] == "observe" for row in call[1])
     assert [call[2] for call in calls if call[0] == "step"] == [expected]
+
+
+@pytest.mark.parametrize("kind", ["datasets", "list"])
+def test_columns_that_the_model_does_not_take_are_left_out(kind, tmp_path):
+    rows = TokenRows()
+    for number, row in enumerate(rows.rows):
+        row["source"] = f"name {number}"
+    dataset = rows if kind == "list" else Dataset.from_list(rows.rows)
+    trainer = lead_trainer(tmp_path, dataset=dataset, max_steps=1)
+    assert [sample.input_ids.tolist() for sample in trainer._rounds.samples_of([7, 3])] == [
+        rows[7]["input_ids"],
+        rows[3]["input_ids"],
+    ]
+    trainer.train()
+
+
+def test_mixed_precision_is_the_hosts(tmp_path):
+    model = tiny()
+    dtypes = set()
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *arguments: dtypes.add(arguments[-1].dtype))
+    trainer = lead_trainer(tmp_path, model, bf16=True, max_steps=2)
+    dtypes.clear()  # of the checks at the start
+    calls = watch(trainer.engine)
+    start = copy.deepcopy(model)
+    trainer.train()
+    assert dtypes == {torch.bfloat16}
+    observed = next(call for call in calls if call[0] == "observe")
+    np.testing.assert_allclose(observed[2], alone(start, TokenRows(), observed[1])[1], rtol=2e-2)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 def test_a_pool_with_text_needs_no_dataset(tmp_path, caplog):

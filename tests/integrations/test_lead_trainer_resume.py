@@ -63,6 +63,18 @@ def test_every_checkpoint_of_a_run_resumes_to_its_end(tmp_path):
         assert all(torch.equal(p, theirs[name]) for name, p in resumed.model.named_parameters())
 
 
+def test_a_run_may_be_interrupted_twice_in_one_round(tmp_path):
+    whole = trainer(tmp_path / "whole", "historical")
+    whole.train()
+    for step in (4, 5, None):  # both inside the second round
+        callbacks = None if step is None else [StopAfter(step)]
+        run = trainer(tmp_path / "parts", "historical", callbacks, save_strategy="steps", save_steps=1000)
+        run.train(resume_from_checkpoint=None if step == 4 else True)
+    assert outcome(run) == outcome(whole)
+    theirs = dict(whole.model.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in run.model.named_parameters())
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")

@@ -133,6 +133,8 @@ def test_repeats_count_toward_the_budget():
     chosen = [report.num_samples for report in reports]
     assert sum(chosen) == lead.num_selected > 151 > sum(chosen[:-1])  # the last round is not cut
     assert lead.engine.num_used < 151
+    assert run(Compat(count_repeats=True), selected_top_number=2)[0].num_selected > 2
+    assert run(selected_top_number=2)[0].num_selected == 2
     lead, reports = run(selected_top_number=151)
     assert lead.engine.num_used == 151 < lead.num_selected
 
