@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lead_fast.audit import audit
     from lead_fast.config import LeadConfig
     from lead_fast.engine import LeadEngine
     from lead_fast.ops import SampleStats, linear_cross_entropy
@@ -27,6 +28,7 @@ __all__ = [
     "Round",
     "RoundReport",
     "SampleStats",
+    "audit",
     "linear_cross_entropy",
     "register_estimator",
 ]
@@ -39,6 +41,7 @@ _HOMES = {
     "Round": "rounds",
     "RoundReport": "rounds",
     "SampleStats": "ops",
+    "audit": "audit",
     "linear_cross_entropy": "ops",
     "register_estimator": "utility",
 }

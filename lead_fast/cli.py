@@ -1,4 +1,4 @@
-"""The command line: `lead-fast demo | prepare | train | report | doctor`; every option also from a YAML file."""
+"""The command line: `lead-fast demo | prepare | train | audit | report | doctor`; every option also from a YAML file."""
 
 from __future__ import annotations
 
@@ -103,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         (PrepareConfig, LeadConfig),
     )
     command("train", "fine-tune a model with LEAD: warm-up, difficulty, clusters, rounds, report", (TrainConfig, LeadConfig))
+    audit = command("audit", "how far a run's predicted losses were from true ones: a table, audit.html, audit.json")
+    audit.add_argument("run", help="folder of a run trained with --audit-every")
     report = command("report", "write report.html of a run again")
     report.add_argument("run", help="folder of a run")
     command("doctor", "what this machine will use, and what is missing")
@@ -121,6 +123,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         from lead_fast.doctor import examine
 
         return examine()
+    if arguments.command == "audit":
+        from lead_fast.audit_page import run_audit
+
+        return run_audit(arguments.run)
     if arguments.command == "report":
         from lead_fast.report import write_run_report
 

@@ -183,6 +183,11 @@ class TrainConfig(PrepareConfig):
     schedule: str = option("cosine", "learning rate over progress", choices=("constant", "linear", "cosine"))
     warmup_ratio: float = option(0.03, "share of progress with a rising learning rate")
     log_utilities: bool = option(False, "write a Parquet file a round: row, task, uses and utility of every candidate")
+    audit_every: int = option(0, "re-score random rows every so many rounds, to audit the predicted losses (0: never)")
+    audit_rows: int = option(128, "rows re-scored each time: half trained on before, half never")
+    audit_estimators: str = option(
+        "none,historical,grad_norm", "estimators to audit beside the one that chooses; `none` always is"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,6 +195,14 @@ class TrainConfig(PrepareConfig):
         _check(self, "eval_every", self.eval_every >= 0, "at least 0")
         _check(self, "train_tokens", self.train_tokens is None or self.train_tokens >= 1, "at least 1, or None")
         _check(self, "warmup_ratio", 0.0 <= self.warmup_ratio < 1.0, "in [0, 1)")
+        _check(self, "audit_every", self.audit_every >= 0, "at least 0")
+        _check(self, "audit_rows", self.audit_rows >= 2, "at least 2")
+
+    @property
+    def audited(self) -> list[str]:
+        """Names of the estimators that an audit watches: `none`, and those of `audit_estimators`."""
+        names = [name.strip() for name in self.audit_estimators.split(",")]
+        return list(dict.fromkeys(["none", *filter(None, names)]))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lead_fast import __version__, extension
-from lead_fast.models import choose_attention
+from lead_fast.attention import describe_attention
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "flash-attn", "datasets", "liger-kernel", "trl")
 
@@ -31,7 +31,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads",
         "precision": precision,
-        "attention": choose_attention(device, torch.bfloat16 if precision == "bf16" else torch.float32),
+        "attention": describe_attention(device, torch.bfloat16 if precision == "bf16" else torch.float32),
         "loss": loss,
         "extension": libraries,
         "packages": {name: _version(name) for name in _PACKAGES},

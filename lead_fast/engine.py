@@ -11,14 +11,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 import lead_fast.estimators  # noqa: F401  registers the estimators by name
 from lead_fast.bandit import Bandit
@@ -26,6 +27,7 @@ from lead_fast.config import LeadConfig
 from lead_fast.device import copy_to_host, to_device
 from lead_fast.files import write_jsonl
 from lead_fast.pool import Pool
+from lead_fast.ranks import Observation, Shards
 from lead_fast.reference_state import (
     CHOOSE,
     IDU,
@@ -39,8 +41,8 @@ from lead_fast.reference_state import (
     STREAM_TASKS,
 )
 from lead_fast.rng import philox_uniform
-from lead_fast.rounds import Round, RoundReport
-from lead_fast.selection import Candidates, Groups, candidate_positions
+from lead_fast.rounds import OpenRound, Round, RoundReport
+from lead_fast.selection import Candidates, Groups, candidate_positions, cut_to_budget
 from lead_fast.utility import (
     Clocks,
     LossChangeEstimator,
@@ -51,6 +53,7 @@ from lead_fast.utility import (
     observed,
     utility,
 )
+from lead_fast.visits import make_visit
 
 logger = logging.getLogger(__name__)
 
@@ -68,18 +71,6 @@ class SampleStatistics(Protocol):
     def grad_norm_sq(self) -> Tensor: ...
 
 
-class _Open(NamedTuple):
-    """What the open round needs on the device."""
-
-    rows: Tensor  # int64 [n]
-    begin_idu: Tensor  # fp32 [n]
-    arms: Tensor  # int64 [m], -1 for none
-    arm_probs: Tensor  # fp64 [m], with which each was drawn
-    mask: Tensor  # bool [K], the arms that could be drawn
-    first_step: int
-    begin_weights: Tensor | None
-
-
 class LeadEngine:
     """LEAD around any training loop.
 
@@ -88,10 +79,12 @@ class LeadEngine:
             only, never text.
         config: how to choose.
         device: where the table lives: the training device; None is the CPU.
+        group: the processes that train together, each on its own share of a round's rows; None is this process alone.
+            All must make the same calls; the shares are merged when the round ends.
 
     Attributes:
         record_candidates: rounds carry their candidates. Waits for the device once a round.
-        record_visits: reports carry each observation beside its prediction. Waits for the device at each `observe`.
+        record_visits: reports carry each observation beside its predictions.
 
     Raises:
         ValueError: the pool lacks an array the engine needs, has no selectable row, or holds non-finite utilities.
@@ -106,7 +99,9 @@ class LeadEngine:
             report = engine.end_round()
     """
 
-    def __init__(self, pool: Pool, config: LeadConfig, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, pool: Pool, config: LeadConfig, device: torch.device | str | None = None, *, group: ProcessGroup | None = None
+    ) -> None:
         self.pool, self.config = pool, config.resolve()
         self.device = torch.device(device or "cpu")
         for name in ("arm", "utility"):
@@ -130,12 +125,13 @@ class LeadEngine:
         self.table = UtilityTable(torch.from_numpy(first_utility), self.groups)
         self.clocks = Clocks(self.num_arms, self.device)
         self.estimator = self._make_estimator(self.config.estimator)
-        self.shadows: list[LossChangeEstimator] = []
+        self.estimators = {self.config.estimator: self.estimator}  # and shadows, which watch only
         self.bandit = Bandit(self.num_arms, self.config.bandit, self.config.gamma, self.config.share, self.device)
         self.budget = min(self.config.budget_rows(len(pool)), self.groups.num_choosable)
         self.num_rounds, self.num_used = 0, 0
         self.record_candidates, self.record_visits = False, False
         self.history: list[tuple[int, Tensor, Tensor]] = []  # (round, rows, utility at choice) of every round
+        self._shards = None if group is None else Shards(group)
         self._round: Round | None = None
         self._weights: WeightChange | None = None
         sizes = self.groups.arm_sizes
@@ -149,21 +145,28 @@ class LeadEngine:
 
     def track(self, weights: Iterable[Tensor]) -> None:
         """Hands over the trained parameters to estimators that follow their change (`historical`); once, before round 1."""
-        if any(estimator.needs_weights for estimator in self._estimators):
+        if any(estimator.needs_weights for estimator in self.estimators.values()):
             self._weights = WeightChange(weights, seed=self.config.seed)
 
-    def shadow(self, names: Sequence[str]) -> None:
-        """Adds estimators that watch the same table beside the main one and never influence a choice; before round 1.
+    def shadow(self, names: Iterable[str]) -> None:
+        """Adds estimators that watch the same table and never influence a choice; before `track` and round 1.
+
+        Args:
+            names: registered estimators; the one that chooses and those that watch already are passed over.
 
         Raises:
-            ValueError: a name that is not registered, or that watches already. RuntimeError: a round was begun.
+            ValueError: no estimator has such a name. RuntimeError: a round was begun.
         """
         if self.num_rounds:
-            raise RuntimeError(f"LeadEngine.shadow: must come before round 1, got {self.num_rounds} rounds")
+            raise RuntimeError(f"LeadEngine.shadow: must be called before round 1, got round {self.num_rounds}")
         for name in names:
-            if name in self._by_name:
-                raise ValueError(f"LeadEngine.shadow: `names` must be new, got {name!r} again")
-            self.shadows.append(self._make_estimator(name))
+            shadow = self._make_estimator(name)
+            self.estimators.setdefault(name, shadow)
+
+    @property
+    def open_round(self) -> Round | None:
+        """The round that was begun and not ended; None between rounds."""
+        return self._round
 
     @property
     def progress(self) -> float:
@@ -178,9 +181,9 @@ class LeadEngine:
         """
         if self._round is not None:
             raise RuntimeError(f"LeadEngine.begin_round: round {self._round.number} must be ended first (end_round)")
-        for estimator in self._estimators:
-            if estimator.needs_weights and self._weights is None:
-                raise RuntimeError(f"LeadEngine.begin_round: estimator {estimator.name!r} needs track(parameters) first")
+        following = [name for name, estimator in self.estimators.items() if estimator.needs_weights]
+        if following and self._weights is None:
+            raise RuntimeError(f"LeadEngine.begin_round: estimator {following[0]!r} needs track(parameters) before round 1")
         while self.num_used < self.budget:
             forced = self._first_visits.pop(0) if self._first_visits else None
             if self._choose(self.num_rounds + 1, forced):
@@ -211,17 +214,13 @@ class LeadEngine:
             raise ValueError(f"LeadEngine.observe: `rows` must be in -1..{len(self.pool) - 1}, got {rows.tolist()}")
         rows = to_device(rows, self.device)
         loss, num_tokens, grad_norm_sq = (
-            to_device(t, self.device) if t.dtype == torch.float32 else to_device(t, self.device).float()
-            for t in (loss, num_tokens, grad_norm_sq)
+            to_device(t, self.device).to(torch.float32).contiguous() for t in (loss, num_tokens, grad_norm_sq)
         )
-        if self._hooked or self.record_visits:
-            self._show_to_hooks(rows, loss, num_tokens)
-        table, clocks = self.table, self.clocks
-        torch.ops.lead_fast.observe(
-            rows, loss, num_tokens, grad_norm_sq, None, table.position, table.arm, table.values, table.seen, table.flags,
-            table.left, clocks.counters, clocks.clock, clocks.unit, *self._pair_state, self.config.adam_beta1,
-            self.config.max_uses, self.groups.num_choosable,
-        )  # fmt: skip
+        observation = Observation(self.clocks.num_steps, rows, loss, num_tokens, grad_norm_sq)
+        if self._shards is None:
+            self._take(observation)
+        else:
+            self._shards.add(observation)
 
     def step(self, *, lr: float, num_items: float | Tensor) -> None:
         """Advances the clocks after an optimizer step.
@@ -238,11 +237,14 @@ class LeadEngine:
     def end_round(self) -> RoundReport:
         """Closes the round: loss change and utility of its rows, the arms' rewards, the bandit, the calibration."""
         rnd, table, clocks = self._open("end_round"), self.table, self.clocks
-        rows, begin_idu, arms, arm_probs, mask, first_step, begin_weights = self._at
+        rows, begin_idu, arms, arm_probs, mask, first_step, begin_weights, visits = self._at
+        if self._shards is not None:
+            for observation in self._shards.merge(self.device):
+                self._take(observation)
         change = None
         if self._weights is not None and begin_weights is not None:
-            change = self._weights.snapshot() - begin_weights
-        for estimator in self._estimators:
+            change = (now := self._weights.snapshot()) - begin_weights.to(now.device)
+        for estimator in self.estimators.values():
             estimator.end_round(clocks, arms, first_step, change)
         at = table.position[rows].long()
         barred = table.flags[QUARANTINED, at] != 0
@@ -255,14 +257,14 @@ class LeadEngine:
         rewards = torch.where(in_arm, gain, 0.0).sum(1) / in_arm.sum(1)
         scaled = self.bandit.update(mask, arms, arm_probs, rewards)
         clocks.end_round()
-        for estimator in self._estimators:
+        for estimator in self.estimators.values():
             estimator.calibrate(clocks)
         self._round = None
         return RoundReport(
             rnd, rewards=rewards, scaled=scaled, log_weights=self.bandit.log_w.clone(), num_samples=seen.sum(),
             loss=torch.where(seen, loss, 0.0).sum() / seen.sum(), quarantined=barred,
             estimator=self.estimator, snapshot=self.estimator.snapshot(clocks),
-            visits=self._visits if self.record_visits else None,
+            visits=visits if self.record_visits else None,
         )  # fmt: skip
 
     def utility(self, rows: Tensor) -> Tensor:
@@ -275,10 +277,11 @@ class LeadEngine:
         Raises:
             ValueError: no estimator of that name watches.
         """
-        name = self.estimator.name if estimator is None else estimator
-        if name not in self._by_name:
-            raise ValueError(f"LeadEngine.predicted_loss: `estimator` must be one of {', '.join(self._by_name)}, got {name!r}")
-        return utility(self.table, self.clocks, self._by_name[name], to_device(rows, self.device), self.config.smoothing)[1]
+        name = self.config.estimator if estimator is None else estimator
+        if name not in self.estimators:
+            known = ", ".join(self.estimators)
+            raise ValueError(f"LeadEngine.predicted_loss: `estimator` must be one of {known}, got {name!r}")
+        return utility(self.table, self.clocks, self.estimators[name], to_device(rows, self.device), self.config.smoothing)[1]
 
     # How a round is made.
 
@@ -290,35 +293,47 @@ class LeadEngine:
     def _make_estimator(self, name: str) -> LossChangeEstimator:
         return estimator_class(name)(self.num_arms, self.config.adam_beta1, self.device)
 
-    @property
-    def _estimators(self) -> list[LossChangeEstimator]:
-        return [self.estimator, *self.shadows]
-
-    @property
-    def _by_name(self) -> dict[str, LossChangeEstimator]:
-        return {estimator.name: estimator for estimator in self._estimators}
-
     @cached_property
     def _hooked(self) -> list[LossChangeEstimator]:
         """Estimators with a `pair` of their own."""
-        return [e for e in self._estimators if type(e).pair is not LossChangeEstimator.pair]
+        return [e for e in self.estimators.values() if type(e).pair is not LossChangeEstimator.pair]
 
     @cached_property
     def _pair_state(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        states = [state for e in self._estimators if (state := e.pair_state()) is not None]
+        states = [state for e in self.estimators.values() if (state := e.pair_state()) is not None]
+        if len(states) > 1:
+            raise ValueError(f"LeadEngine: one estimator may have a pair_state, got {len(states)} of {list(self.estimators)}")
         return states[0] if states else (None, None, None)
 
-    def _show_to_hooks(self, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> None:
-        at, seen_now = observed(self.table, rows, loss, num_tokens)
-        for estimator in self._hooked:
-            estimator.pair(self.table, self.clocks, at, seen_now)
+    def _take(self, observation: Observation) -> None:
+        """Lets hooks see an observation, and then the table take it, at the step it was made."""
+        table, clocks = self.table, self.clocks
+        step, rows, loss, num_tokens, grad_norm_sq = observation
+        now, steps = None, clocks.num_steps
+        if step != steps:  # of a round that went on since
+            now, clocks.num_steps = torch.full((1,), step, device=self.device), step
+        if self._hooked or self.record_visits:
+            self._show(rows, loss, num_tokens)
+        torch.ops.lead_fast.observe(
+            rows, loss, num_tokens, grad_norm_sq, now, table.position, table.arm, table.values, table.seen, table.flags,
+            table.left, clocks.counters, clocks.clock, clocks.unit, *self._pair_state, self.config.adam_beta1,
+            self.config.max_uses, self.groups.num_choosable,
+        )  # fmt: skip
+        clocks.num_steps = steps
+
+    def _show(self, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> None:
+        """Hands a micro-batch to hooks and records, before the table takes it."""
+        valid = observed(self.table, rows, loss, num_tokens)
         if self.record_visits:
-            table, shown = self.table, self.table.rows[at].long()
-            visit = {"row": shown, "arm": table.arm[at].long(), "round": table.seen[ROUND, at].long(),
-                     "seen_loss": table.values[LOSS, at], "observed": seen_now}  # fmt: skip
-            for name in self._by_name:
-                visit[f"predicted.{name}"] = self.predicted_loss(shown, name)
-            self._visits.append(visit)
+            self._at.visits.append(make_visit(self.table, self.clocks, self.estimators, rows, loss, valid))
+        spare = len(self.pool)
+        at = torch.where(valid, self.table.position[torch.where(valid, rows, 0)].long(), spare)
+        for estimator in self._hooked:
+            estimator.pair(self.table, self.clocks, at, loss, valid)
+
+    @property
+    def _shadows(self) -> dict[str, LossChangeEstimator]:
+        return {name: e for name, e in self.estimators.items() if e is not self.estimator}
 
     def _choose(self, number: int, forced: int | None) -> bool:
         """Opens round `number` on the arm `forced`, or on arms drawn now; False where that gives no row."""
@@ -358,13 +373,12 @@ class LeadEngine:
         if not len(rows):
             return False
         chosen_rows = set(rows.tolist()) if candidates else set()
-        rows, idu, uses = self._cut_to_budget(rows, idu, uses)
+        rows, idu, uses = cut_to_budget(rows, idu, uses, self.budget - self.num_used)
         order = philox_uniform(config.seed, STREAM_SHUFFLE, number, rows).argsort(stable=True)
         rows, idu, uses = rows[order], idu[order], uses[order]
 
         self.num_used += int((uses == 0).sum())
         self.num_rounds = number
-        self._visits: list[dict[str, Tensor]] = []
         self._round = Round(
             number=number, arms=[int(host[0][i]) for i in drawn], rows=rows, utility=idu, probs=host[1],
             uniforms=[] if forced is not None else [float(host[2][i]) for i in drawn], forced=forced is not None,
@@ -373,7 +387,8 @@ class LeadEngine:
         )  # fmt: skip
         on_device = to_device(rows, self.device)
         begin_weights = None if self._weights is None else self._weights.snapshot()
-        self._at = _Open(on_device, to_device(idu, self.device), arms, arm_probs, mask, self.clocks.num_steps, begin_weights)
+        begin_idu, first_step = to_device(idu, self.device), self.clocks.num_steps
+        self._at = OpenRound(on_device, begin_idu, arms, arm_probs, mask, first_step, begin_weights, [])
         table.choose(on_device, config.max_uses)
         self.history.append((number, rows, idu))
         return True
@@ -392,18 +407,6 @@ class LeadEngine:
             cap = most if cap < 0 else min(cap, most)
         return rate, cap, tokens
 
-    def _cut_to_budget(self, rows: Tensor, idu: Tensor, uses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The chosen rows, ascending; rows that are new beyond the budget are cut by utility, lowest first."""
-        rows, order = rows.sort()  # ties go to the lower row, whatever its task
-        idu, uses = idu[order], uses[order]
-        new = uses == 0
-        left = self.budget - self.num_used
-        if int(new.sum()) > left:
-            order = torch.argsort(torch.where(new, idu, torch.inf), descending=True, stable=True)
-            kept = order[: int((~new).sum()) + left].sort().values
-            rows, idu, uses = rows[kept], idu[kept], uses[kept]
-        return rows, idu, uses
-
     def _candidates(self, arm: int, number: int) -> Candidates:
         config = self.config
         at, task, uses = candidate_positions(self.groups, self.table.flags, arm, config.max_uses)
@@ -418,9 +421,17 @@ class LeadEngine:
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on identically, between rounds: nested dicts of tensors and numbers."""
-        if self._round is not None:
-            raise RuntimeError(f"LeadEngine.state_dict: round {self._round.number} must be ended first (end_round)")
+        """Everything that `load_state_dict` needs to go on identically, between rounds or inside one.
+
+        Returns:
+            Nested dicts of tensors, numbers, strings and lists; "open" is the round that is open, or None.
+
+        Raises:
+            RuntimeError: a round is open, and several processes have yet to merge what they observed in it.
+        """
+        if self._round is not None and self._shards is not None:
+            raise RuntimeError(f"LeadEngine.state_dict: with several processes, round {self._round.number} must be ended first")
+        open_round = None if self._round is None else {"round": self._round.state_dict(), "device": self._at.state_dict()}
         return {
             "version": STATE_VERSION,
             "pool": self.pool.fingerprint,
@@ -430,8 +441,9 @@ class LeadEngine:
             "table": self.table.state_dict(),
             "clocks": self.clocks.state_dict(),
             "estimator": self.estimator.state_dict(),
-            "shadows": {shadow.name: shadow.state_dict() for shadow in self.shadows},
+            "shadows": {name: shadow.state_dict() for name, shadow in self._shadows.items()},
             "bandit": self.bandit.state_dict(),
+            "open": open_round,
             "history": {
                 "round": torch.tensor([n for n, rows, _ in self.history for _ in rows], dtype=torch.int64),
                 "row": torch.cat([torch.zeros(0, dtype=torch.int64), *(rows for _, rows, _ in self.history)]),
@@ -449,19 +461,20 @@ class LeadEngine:
             raise ValueError(f"LeadEngine: state `version` must be {STATE_VERSION}, got {state['version']}")
         if state["pool"] != self.pool.fingerprint:
             raise ValueError(f"LeadEngine: state `pool` must be {self.pool.fingerprint}, got {state['pool']}")
-        if list(state["shadows"]) != [shadow.name for shadow in self.shadows]:
-            raise ValueError(
-                f"LeadEngine: state `shadows` must be {[s.name for s in self.shadows]}, got {list(state['shadows'])}"
-            )
+        if state["shadows"].keys() != self._shadows.keys():
+            raise ValueError(f"LeadEngine: state `shadows` must be {sorted(self._shadows)}, got {sorted(state['shadows'])}")
         self.table.load_state_dict(state["table"])
         self.clocks.load_state_dict(state["clocks"])
         self.estimator.load_state_dict(state["estimator"])
-        for shadow in self.shadows:
-            shadow.load_state_dict(state["shadows"][shadow.name])
+        for name, shadow in self._shadows.items():
+            shadow.load_state_dict(state["shadows"][name])
         self.bandit.load_state_dict(state["bandit"])
         self.num_rounds, self.num_used = int(state["num_rounds"]), int(state["num_used"])
         self._first_visits = list(state["first_visits"])
         self._round = None
+        if state["open"] is not None:
+            self._round = Round.from_state(state["open"]["round"])
+            self._at = OpenRound.from_state(state["open"]["device"], self.device)
         rounds, rows, values = (state["history"][k] for k in ("round", "row", "utility"))
         self.history = [(n, rows[rounds == n], values[rounds == n]) for n in rounds.unique().tolist()]
 

@@ -1,13 +1,12 @@
-"""The only place that touches a transformers model: packed attention, hidden states out, the LM head, LoRA."""
+"""The only place that touches a transformers model: hidden states out, the LM head, loading, LoRA."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_utils import AttentionInterface
 
+from lead_fast.attention import PACKED_ATTENTION
 from lead_fast.ops import LinearCrossEntropyOutput, Reduction, Stats, linear_cross_entropy
 from lead_fast.packing import PackedBatch
 
 logger = logging.getLogger(__name__)
 
-PER_SAMPLE_ATTENTION = "lead_fast_per_sample"
 _QUIET_BYTES = 500_000_000
 
 # Models that need no download: a Llama with tied embeddings; (vocabulary, hidden, layers, heads, KV heads, MLP).
@@ -35,93 +33,6 @@ MODEL_SIZES = {
 }  # fmt: skip
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-# Attention
-
-
-def per_sample_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention inside each packed sample: cost grows with the sum of squared lengths, not the square of the sum.
-
-    Args:
-        query: [1, heads, T, D]; key, value: [1, KV heads, T, D].
-        cu_seq_lens_q: int32 [S + 1], sample boundaries; None is one sample.
-        sliding_window: keys a query sees, itself included; None is all before it.
-        softcap: cap * tanh(scores / cap) before the softmax.
-
-    Returns:
-        [1, T, heads, D], and None for the weights.
-
-    Raises:
-        ValueError: the model has attention sinks (`s_aux`), which this path does not serve.
-    """
-    if s_aux is not None:
-        raise ValueError("per_sample_attention: attention sinks (`s_aux`) are not served")
-    bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
-    outputs = []
-    for start, end in pairwise(bounds):
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        window = sliding_window if sliding_window is not None and sliding_window < end - start else None
-        if softcap is None:
-            mask = None if window is None else _window_mask(end - start, window, query.device)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q,
-                    k,
-                    v,
-                    attn_mask=mask,
-                    dropout_p=dropout,
-                    is_causal=mask is None,
-                    scale=scaling,
-                    enable_gqa=q.shape[1] != k.shape[1],
-                )
-            )
-        else:
-            outputs.append(_softcapped_attention(q, k, v, softcap, scaling, window, dropout))
-    return torch.cat(outputs, 2).transpose(1, 2), None
-
-
-def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    return (distance >= 0) & (distance < (length if window is None else window))
-
-
-def _softcapped_attention(
-    q: Tensor, k: Tensor, v: Tensor, softcap: float, scaling: float | None, window: int | None, dropout: float
-) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_window_mask(q.shape[2], window, q.device), -torch.inf)
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-    return F.dropout(weights, dropout) @ v
-
-
-AttentionInterface.register(PER_SAMPLE_ATTENTION, per_sample_attention)
-
-
-def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """The attention that packed batches use here: flash-attn on a GPU in half precision when installed, else per sample."""
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and find_spec("flash_attn") is not None:
-        return "flash_attention_2"
-    if device.type == "cuda":
-        logger.warning("flash-attn is not used (installed: %s, dtype %s): attention runs sample by sample",
-                       find_spec("flash_attn") is not None, dtype)  # fmt: skip
-    return PER_SAMPLE_ATTENTION
 
 
 # The LM head
@@ -249,7 +160,10 @@ class PackedModel(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states of a packed batch, [T, H]."""
-        output = self.causal_lm.base_model(
+        return self._run(batch).last_hidden_state[0]
+
+    def _run(self, batch: PackedBatch, **options: Any) -> Any:
+        return self.causal_lm.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
@@ -257,8 +171,8 @@ class PackedModel(nn.Module):
             cu_seq_lens_k=batch.cu_seqlens,
             max_length_q=batch.max_length,
             max_length_k=batch.max_length,
+            **options,
         )
-        return output.last_hidden_state[0]
 
     def forward(
         self,
@@ -268,8 +182,18 @@ class PackedModel(nn.Module):
         num_items: int | Tensor | None = None,
         stats: Stats | None = "all",
     ) -> LinearCrossEntropyOutput:
-        """Loss and statistics of a packed batch; arguments as in `lead_fast.linear_cross_entropy`."""
-        return self.loss(self.hidden(batch), batch, reduction=reduction, num_items=num_items, stats=stats)
+        """Loss and statistics of a packed batch; arguments as in `lead_fast.linear_cross_entropy`.
+
+        A mixture of experts whose configuration sets `output_router_logits` has its load-balancing loss added to a "mean",
+        as its own forward does; under accumulation each micro-batch's counts by its share of `num_items`.
+        """
+        balanced = reduction == "mean" and bool(getattr(self.causal_lm.config, "output_router_logits", False))
+        if not balanced:
+            return self.loss(self.hidden(batch), batch, reduction=reduction, num_items=num_items, stats=stats)
+        output = self._run(batch, output_router_logits=True)
+        out = self.loss(output.last_hidden_state[0], batch, reduction=reduction, num_items=num_items, stats=stats)
+        share = 1.0 if num_items is None else batch.num_items / num_items
+        return out._replace(loss=out.loss + share * _load_balancing_loss(self.causal_lm, output.router_logits))
 
     def loss(
         self,
@@ -287,6 +211,14 @@ class PackedModel(nn.Module):
             logit_scale=head.logit_scale, reduction=reduction, num_items=num_items, token_index=batch.token_index,
             stats=stats,
         )  # fmt: skip
+
+
+def _load_balancing_loss(model: Any, router_logits: tuple[Tensor, ...]) -> Tensor:
+    """The model's own auxiliary loss of its experts, from its modeling module, times its coefficient."""
+    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if function is None:
+        raise ValueError(f"PackedModel: {type(model).__name__} outputs router logits, but has no load_balancing_loss_func")
+    return model.router_aux_loss_coef * function(router_logits, model.num_experts, model.num_experts_per_tok)
 
 
 # Loading, building, saving
@@ -333,8 +265,7 @@ def _embedding(model: PreTrainedModel) -> Tensor:
 
 def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     """Sets packed attention."""
-    weight = _embedding(model)
-    model.set_attn_implementation(choose_attention(weight.device, weight.dtype))
+    model.set_attn_implementation(PACKED_ATTENTION)
     return model
 
 

@@ -160,7 +160,7 @@ def linear_cross_entropy(
         if token_index is not None:
             loss = loss.new_zeros(num_tokens).index_copy(0, token_index, loss)
         loss = loss.reshape(labels_shape)
-    samples = None if stats is None else SampleStats(*sample_stats.detach().unbind(1))
+    samples = None if stats is None else SampleStats(*sample_stats.detach().t().contiguous())
     return LinearCrossEntropyOutput(loss, samples)
 
 

@@ -46,7 +46,7 @@ VARIANTS = ("exp3", "exp3_ix", "exp3s", "uniform", "greedy")
 
 # Streams of the counter-based generator: each draw is philox(seed, stream, round, counter), so a resumed run, or a reader
 # of the log, draws the same.
-STREAM_ARM, STREAM_TASKS, STREAM_ROWS, STREAM_SHUFFLE, STREAM_FIRST = range(5)
+STREAM_ARM, STREAM_TASKS, STREAM_ROWS, STREAM_SHUFFLE, STREAM_FIRST, STREAM_AUDIT = range(6)
 
 # Guards ceil and floor of a share against products that are an integer but for rounding: 0.07 * 100 > 7.
 _SHARE_SLACK = 1e-9

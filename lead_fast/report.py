@@ -1,33 +1,18 @@
-"""Self-contained HTML reports: of a run, and of a comparison. Plots are inline SVG; no script, nothing fetched."""
+"""Self-contained HTML reports: of a run, and of a comparison."""
 
 from __future__ import annotations
 
 import html
-import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
 from lead_fast.files import read_jsonl, write_text
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.lead, figcaption { color: #57606a; } figure { margin: 1rem 0; } svg { width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #d8dee4; }
-th:first-child, td:first-child { text-align: left; } th { color: #57606a; font-weight: 600; }
-.warning { background: #fff8c5; border-left: 4px solid #d4a72c; padding: .5rem .8rem; margin: .6rem 0; }
-"""
-_COLORS = ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#cf222e", "#57606a", "#bf8700", "#0550ae")
+from lead_fast.page import COLORS, figure, page, paragraph, section, table
 
 
 def write_run_report(run: str | Path) -> Path:
@@ -41,30 +26,30 @@ def write_run_report(run: str | Path) -> Path:
         if not (folder / name).exists():
             raise ValueError(f"report: {folder} must be the folder of a finished run, but it has no {name}")
     rounds, summary = read_jsonl(folder / "rounds.jsonl"), json.loads((folder / "summary.json").read_text())
-    parts = [_paragraph(_run_sentence(summary), "lead"), *_run_warnings(summary)]
+    parts = [paragraph(_run_sentence(summary), "lead"), *_run_warnings(summary)]
     if rounds:
-        probs = _figure(lambda ax: _plot_probs(ax, rounds), "Probability of each arm before its round's draw.")
-        draws = _figure(
+        probs = figure(lambda ax: _plot_probs(ax, rounds), "Probability of each arm before its round's draw.")
+        draws = figure(
             lambda ax: _plot_draws(ax, rounds), "The arm of each round; hollow: a first visit, not drawn.", height=2.2
         )
-        rewards = _figure(lambda ax: _plot_reward(ax, rounds), "Reward of each round, in nats, by arm.")
-        parts += [_section("Arms", probs, draws, _arm_table(summary, rounds)), _section("Reward", rewards)]
-    utility = _figure(
+        rewards = figure(lambda ax: _plot_reward(ax, rounds), "Reward of each round, in nats, by arm.")
+        parts += [section("Arms", probs, draws, _arm_table(summary, rounds)), section("Reward", rewards)]
+    utility = figure(
         lambda ax: _plot_utility(ax, summary["utility"]),
         "Utility (IDU) of all rows that may be chosen, before the first round and after the last.",
     )
-    parts.append(_section("Utility", utility))
+    parts.append(section("Utility", utility))
     if summary["evaluations"]:
-        heldout = _figure(
+        heldout = figure(
             lambda ax: _plot_heldout(ax, {"this run": [summary["evaluations"]]}),
             "Mean over held-out samples of their mean nll per supervised token, over trained tokens.",
         )
-        parts.append(_section("Held-out loss", heldout, _source_loss_table(summary["evaluations"])))
+        parts.append(section("Held-out loss", heldout, _source_loss_table(summary["evaluations"])))
     if summary.get("sources"):
-        parts.append(_section("Sources", _source_table(summary["sources"])))
-    parts.append(_section("Cost", _cost_table(summary)))
+        parts.append(section("Sources", _source_table(summary["sources"])))
+    parts.append(section("Cost", _cost_table(summary)))
     path = folder / "report.html"
-    write_text(path, _page("LEAD run", parts))
+    write_text(path, page("LEAD run", parts))
     return path
 
 
@@ -92,9 +77,9 @@ def write_compare_report(
     ]
     note = "" if noisy_share is None else f"Noisy rows in the pool: {noisy_share:.1%}."
     parts = [
-        _paragraph(lead, "lead"),
-        _section("Result", _table(header, body), _paragraph(note)),
-        _section("Held-out loss", _figure(lambda ax: _plot_heldout(ax, series),
+        paragraph(lead, "lead"),
+        section("Result", table(header, body), paragraph(note)),
+        section("Held-out loss", figure(lambda ax: _plot_heldout(ax, series),
                  "Held-out loss over trained tokens: mean over seeds, band from lowest to highest.")),
     ]  # fmt: skip
     for row in rows:
@@ -102,14 +87,14 @@ def write_compare_report(
         rounds = run["rounds"]
         if len(rounds[0]["probs"]) < 2:
             continue
-        parts.append(_section(
+        parts.append(section(
             f"{row['title']}, seed {run['seed']}",
-            _figure(lambda ax, rounds=rounds: _plot_probs(ax, rounds), "Arm probabilities over rounds."),
-            _figure(lambda ax, rounds=rounds: _plot_reward(ax, rounds), "Reward of each round, in nats, by arm."),
-            _figure(lambda ax, run=run: _plot_utility(ax, run["utility"]), "Utility of all rows, at the start and at the end."),
+            figure(lambda ax, rounds=rounds: _plot_probs(ax, rounds), "Arm probabilities over rounds."),
+            figure(lambda ax, rounds=rounds: _plot_reward(ax, rounds), "Reward of each round, in nats, by arm."),
+            figure(lambda ax, run=run: _plot_utility(ax, run["utility"]), "Utility of all rows, at the start and at the end."),
         ))  # fmt: skip
     path = folder / "report.html"
-    write_text(path, _page("LEAD beside its controls", parts))
+    write_text(path, page("LEAD beside its controls", parts))
     return path
 
 
@@ -120,7 +105,7 @@ def _plot_probs(ax: Axes, rounds: list[dict[str, Any]]) -> None:
     probs = np.array([r["probs"] for r in rounds])
     x = [r["round"] for r in rounds]
     for arm in range(probs.shape[1]):
-        ax.plot(x, probs[:, arm], color=_COLORS[arm % len(_COLORS)], label=f"arm {arm}")
+        ax.plot(x, probs[:, arm], color=COLORS[arm % len(COLORS)], label=f"arm {arm}")
     ax.set(xlabel="round", ylabel="probability", ylim=(0, None))
     ax.legend(ncol=4, fontsize="small", frameon=False)
 
@@ -128,7 +113,7 @@ def _plot_probs(ax: Axes, rounds: list[dict[str, Any]]) -> None:
 def _plot_draws(ax: Axes, rounds: list[dict[str, Any]]) -> None:
     for r in rounds:
         for arm in r["arms"]:
-            color = _COLORS[arm % len(_COLORS)]
+            color = COLORS[arm % len(COLORS)]
             ax.plot(r["round"], arm, "o", ms=4, color=color, mfc="white" if r["forced"] else color)
     ax.set(xlabel="round", ylabel="arm", yticks=range(len(rounds[0]["probs"])))
 
@@ -138,7 +123,7 @@ def _plot_reward(ax: Axes, rounds: list[dict[str, Any]]) -> None:
               for arm, reward in zip(r["arms"], r["rewards"], strict=True) if reward is not None]  # fmt: skip
     for arm in sorted({arm for _, arm, _ in points}):
         x, y = zip(*[(n, reward) for n, a, reward in points if a == arm], strict=True)
-        ax.plot(x, y, "o", ms=4, color=_COLORS[arm % len(_COLORS)], label=f"arm {arm}")
+        ax.plot(x, y, "o", ms=4, color=COLORS[arm % len(COLORS)], label=f"arm {arm}")
     ax.axhline(0.0, color="#8c959f", lw=0.8)
     ax.set(xlabel="round", ylabel="reward (nats)")
     ax.legend(ncol=4, fontsize="small", frameon=False)
@@ -146,7 +131,7 @@ def _plot_reward(ax: Axes, rounds: list[dict[str, Any]]) -> None:
 
 def _plot_utility(ax: Axes, histogram: dict[str, Any]) -> None:
     edges = np.array(histogram["edges"])
-    for name, color in (("start", _COLORS[5]), ("end", _COLORS[0])):
+    for name, color in (("start", COLORS[5]), ("end", COLORS[0])):
         ax.stairs(histogram[name], edges, color=color, fill=True, alpha=0.35, label=name)
         ax.stairs(histogram[name], edges, color=color)
     ax.set(xlabel="utility (nats)", ylabel="rows")
@@ -155,7 +140,7 @@ def _plot_utility(ax: Axes, histogram: dict[str, Any]) -> None:
 
 def _plot_heldout(ax: Axes, series: dict[str, list[list[dict[str, Any]]]]) -> None:
     for number, (title, runs) in enumerate(series.items()):
-        color = _COLORS[number % len(_COLORS)]
+        color = COLORS[number % len(COLORS)]
         grid = np.linspace(0, max(e["trained_tokens"] for e in runs[0]), 100)
         curves = np.array([
             np.interp(grid, [e["trained_tokens"] for e in run], [e["heldout_loss"] for e in run]) for run in runs
@@ -194,6 +179,7 @@ def _run_warnings(summary: dict[str, Any]) -> list[str]:
             f"Median difficulty {difficulty['median']:.3f}: the model hardly used the prompt when the arms were made, so "
             "arms by difficulty mean little."
         )
+    warnings += [f"Round {w['round']}: {w['text']}." for w in summary.get("warnings", ())]
     return [f'<p class="warning">{html.escape(w)}</p>' for w in warnings]
 
 
@@ -215,21 +201,21 @@ def _arm_table(summary: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
                 mean,
             ]
         )
-    return _table(["arm (0 is the easiest)", "rows", "tasks", "mean difficulty", "rounds", "mean reward"], body)
+    return table(["arm (0 is the easiest)", "rows", "tasks", "mean difficulty", "rounds", "mean reward"], body)
 
 
 def _source_table(sources: list[dict[str, Any]]) -> str:
     total, chosen = sum(s["pool"] for s in sources), max(1, sum(s["chosen"] for s in sources))
     body = [[s["source"], f"{s['pool']:,}", f"{s['pool'] / total:.1%}", f"{s['chosen']:,}", f"{s['chosen'] / chosen:.1%}"]
             for s in sources]  # fmt: skip
-    return _table(["source", "rows in the pool", "share", "rows chosen", "share"], body)
+    return table(["source", "rows in the pool", "share", "rows chosen", "share"], body)
 
 
 def _source_loss_table(evaluations: list[dict[str, Any]]) -> str:
     before, after = evaluations[0].get("by_source"), evaluations[-1].get("by_source")
     if not before or not after:
         return ""
-    return _table(["source", "before", "after"], [[k, f"{v:.4f}", f"{after[k]:.4f}"] for k, v in before.items()])
+    return table(["source", "before", "after"], [[k, f"{v:.4f}", f"{after[k]:.4f}"] for k, v in before.items()])
 
 
 def _cost_table(summary: dict[str, Any]) -> str:
@@ -237,43 +223,8 @@ def _cost_table(summary: dict[str, Any]) -> str:
     total = sum(parts.values()) or 1.0
     body = [[name, f"{seconds:.2f}", f"{seconds / total:.1%}"] for name, seconds in parts.items()]
     body.append(["rounds, all", f"{total:.2f}", "100%"])
-    tokens = _paragraph(
+    tokens = paragraph(
         f"Tokens: {summary['trained_tokens']:,} trained (forward and backward), {summary['warmup_tokens']:,} in the warm-up, "
-        f"{summary['scoring_tokens']:,} scored (forward only)."
+        f"{summary['scoring_tokens']:,} scored and {summary.get('audit_tokens', 0):,} re-scored for the audit (forward only)."
     )
-    return _table(["part of the rounds", "seconds", "share"], body) + tokens
-
-
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-def _figure(plot: Callable[[Axes], None], caption: str, *, height: float = 3.2) -> str:
-    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "svg.hashsalt": "lead"}):
-        figure, ax = plt.subplots(figsize=(8.5, height), layout="constrained")
-        try:
-            plot(ax)
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
-        finally:
-            plt.close(figure)
-    svg = buffer.getvalue()
-    return f"<figure>{svg[svg.index('<svg') :]}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>"
-
-
-def _paragraph(text: str, css: str = "") -> str:
-    return f'<p class="{css}">{html.escape(text)}</p>' if text else ""
-
-
-def _page(title: str, parts: Sequence[str]) -> str:
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
-        f"<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
-    )
+    return table(["part of the rounds", "seconds", "share"], body) + tokens

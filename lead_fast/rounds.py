@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lead_fast.selection import Candidates
 from lead_fast.utility import LossChangeEstimator
+from lead_fast.visits import Visits, collect
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,47 @@ class Round:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts of tensors, numbers and lists."""
+        return vars(self) | {"candidates": {str(i): dict(vars(c)) for i, c in enumerate(self.candidates)}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Round:
+        """The round of a `state_dict`."""
+        return cls(**state | {"candidates": [Candidates(**fields) for fields in state["candidates"].values()]})
+
+
+class OpenRound(NamedTuple):
+    """What the engine needs of the open round on its device."""
+
+    rows: Tensor  # int64 [n]
+    begin_idu: Tensor  # fp32 [n]
+    arms: Tensor  # int64 [m], -1 for none
+    arm_probs: Tensor  # fp64 [m], with which each was drawn
+    mask: Tensor  # bool [K], the arms that could be drawn
+    first_step: int
+    begin_weights: Tensor | None
+    visits: list[Visits]  # so far, where they are recorded
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts of tensors and numbers."""
+        state = {name: value for name, value in self._asdict().items() if value is not None}
+        return state | {"visits": {str(i): visit for i, visit in enumerate(self.visits)}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> OpenRound:
+        """The round of a `state_dict`, on a device."""
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
+        visits = [{name: column.to(device) for name, column in visit.items()} for visit in state["visits"].values()]
+        return cls(**{"begin_weights": None} | moved | {"visits": visits})
+
 
 class RoundReport:
     """What a round did. Tensors stay on the device until a property is read."""
 
     def __init__(self, rnd: Round, *, rewards: Tensor, scaled: Tensor, log_weights: Tensor, num_samples: Tensor, loss: Tensor,
                  quarantined: Tensor, estimator: LossChangeEstimator, snapshot: dict[str, Tensor],
-                 visits: list[dict[str, Tensor]] | None) -> None:  # fmt: skip
+                 visits: list[Visits] | None) -> None:  # fmt: skip
         self._rows, self._num_arms = rnd.rows, len(rnd.arms)
         self.number, self.arm, self.arms = rnd.number, rnd.arm, rnd.arms
         self.probs, self.uniforms, self.forced = rnd.probs, rnd.uniforms, rnd.forced
@@ -107,16 +142,13 @@ class RoundReport:
         return self._estimator.describe({name: value.cpu() for name, value in self._snapshot.items()})
 
     @cached_property
-    def visits(self) -> dict[str, Tensor] | None:
-        """Of every valid observation, with `LeadEngine.record_visits`: tensors on the CPU, None otherwise.
+    def visits(self) -> Visits | None:
+        """Every observation of a row with a finite loss, in order; None unless `LeadEngine.record_visits` was on.
 
-        row int64, arm int64, round int64 (of the visit before, 0: first visit), seen_loss, observed fp32, and for each
-        estimator predicted.NAME fp32, the loss it expected.
+        Columns [n] on the CPU: row int64; arm int16; seen_round int32, of the row's visit before, 0 for its first;
+        fp32 seen_loss, when last seen or the first utility; predicted.NAME, by each estimator; observed.
         """
-        if self._visits is None:
-            return None
-        names = self._visits[0] if self._visits else ()
-        return {name: torch.cat([visit[name] for visit in self._visits]).cpu() for name in names}
+        return None if self._visits is None else collect(self._visits)
 
     def __repr__(self) -> str:
         return f"RoundReport(number={self.number}, arm={self.arm}, reward={self.reward:.4g}, num_samples={self.num_samples})"

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lead_fast.audit import AUDIT_FOLDER
+from lead_fast.auditor import Auditor, Scorer
 from lead_fast.config import LeadConfig, PrepareConfig, TrainConfig, to_yaml
 from lead_fast.engine import LeadEngine
 from lead_fast.files import atomic_path, write_json, write_jsonl, write_text
@@ -23,7 +25,8 @@ from lead_fast.packing import ChatEncoder, Sample
 from lead_fast.pool import Pool
 from lead_fast.report import write_run_report
 from lead_fast.rounds import Round
-from lead_fast.trainer import Optimization, TrainingRun, evaluate, make_accelerator, run_rounds, write_candidates
+from lead_fast.signals import Signals
+from lead_fast.trainer import AfterRound, Optimization, TrainingRun, evaluate, make_accelerator, run_rounds, write_candidates
 from lead_fast.utility import estimator_class
 
 logger = logging.getLogger(__name__)
@@ -89,7 +92,8 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
     start = time.perf_counter()
     _set_threads(config)
     torch.manual_seed(lead.seed)
-    estimator_class(lead.estimator)
+    for name in [lead.estimator, *(config.audited if config.audit_every else ())]:
+        estimator_class(name)
     inputs = open_inputs(config)
     heldout = None if config.heldout is None else Pool.open(config.heldout)
     assert config.out is not None
@@ -108,12 +112,17 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
     engine.record_candidates = config.log_utilities
     first_utility = engine.utility(engine.groups.choosable_rows()).cpu().numpy()
     optimization = Optimization(prepared.model(config, seed=lead.seed), accelerator, config)
+    after_round: dict[str, AfterRound] = {"signals": Signals(engine).after_round}
+    if config.audit_every:
+        scorer = row_scorer(optimization, ChatEncoder(tokenizer, config.max_length), prepared.pool, config)
+        after_round["audit"] = Auditor(engine, config, scorer, folder / AUDIT_FOLDER).after_round
     if engine.budget < engine.config.budget_rows(len(prepared.pool)):
         logger.warning("the budget is cut to the %d rows that are not set aside", engine.budget)
 
     rounds_path = folder / "rounds.jsonl"
     rounds_path.unlink(missing_ok=True)
-    shutil.rmtree(folder / "utilities", ignore_errors=True)  # of an attempt before
+    for name in ("utilities", AUDIT_FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)  # of an attempt before
     with rounds_path.open("a", encoding="utf-8") as rounds_file:
 
         def on_round(rnd: Round, record: dict[str, Any]) -> None:
@@ -125,7 +134,7 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
         score = heldout_scorer(optimization, encoder, heldout, config, lead.seed)
         run = run_rounds(
             engine, optimization, lambda rows: encoded_rows(encoder, prepared.pool, rows), config,
-            on_round=on_round, evaluate_now=score,
+            after_round=after_round, on_round=on_round, evaluate_now=score,
         )  # fmt: skip
     if encoder.cuts.prompts or encoder.cuts.answers:
         logger.warning("%s", encoder.cuts)
@@ -140,6 +149,7 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
         "utility": utility_histogram(engine, first_utility),
         "arms": prepared.summary.get("arms"),
         "sources": source_shares(engine),
+        "warnings": [warning for r in run.rounds for warning in r["warnings"]],
         "preparation": prepared.summary,
     })  # fmt: skip
     write_run_report(folder)
@@ -175,6 +185,17 @@ def heldout_scorer(
     return score
 
 
+def row_scorer(optimization: Optimization, encoder: ChatEncoder, pool: Pool, config: TrainConfig) -> Scorer:
+    """A function that scores rows of the pool now: each row's mean nll per supervised token, and the tokens that it took."""
+
+    def score(rows: Sequence[int]) -> tuple[torch.Tensor, int]:
+        samples: list[Sample] = encoded_rows(encoder, pool, rows)
+        loss = evaluate(optimization.packed, samples, pack_tokens=config.pack_tokens, device=optimization.device, desc="audit")
+        return loss, sum(map(len, samples))
+
+    return score
+
+
 def summarize(engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds: float) -> dict[str, Any]:
     """What a run did, in one flat JSON object."""
     rewards = [r["reward"] for r in run.rounds if r["reward"] is not None]
@@ -191,6 +212,7 @@ def summarize(engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds:
         "mean_reward": float(np.mean(rewards)) if rewards else None,
         "warmup_tokens": prepared.summary.get("warmup", {}).get("tokens", 0),
         "scoring_tokens": prepared.summary.get("scoring", {}).get("tokens", 0),
+        "audit_tokens": sum(r.get("audit", {}).get("tokens", 0) for r in run.rounds),
         "arm_probability_reachable": engine.bandit.reachable(engine.num_rounds),
         "arm_probability_reached": max((max(r["probs"]) for r in run.rounds), default=None),
         "seconds_by_part": {k: round(v, 3) for k, v in sorted(run.seconds.items())},

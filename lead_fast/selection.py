@@ -96,3 +96,15 @@ def candidate_positions(groups: Groups, flags: Tensor, arm: int, max_uses: int) 
     """Of an arm's rows that may be chosen: positions int64, tasks int64 on the CPU, uses int64. Waits for the device."""
     at, group, _ = available_positions(arm, groups.offsets, groups.arm_groups, flags, max_uses)
     return at, torch.from_numpy(groups.arm_tasks(arm))[group.cpu()], flags[USES, at].long()
+
+
+def cut_to_budget(rows: Tensor, utility: Tensor, uses: Tensor, left: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Chosen rows, [n] on the CPU, in ascending order; of those never used before at most `left`, lowest utility cut first."""
+    rows, order = rows.sort()  # ties go to the lower row, whatever its task
+    utility, uses = utility[order], uses[order]
+    new = uses == 0
+    if int(new.sum()) > left:
+        order = torch.argsort(torch.where(new, utility, torch.inf), descending=True, stable=True)
+        kept = order[: int((~new).sum()) + left].sort().values
+        rows, utility, uses = rows[kept], utility[kept], uses[kept]
+    return rows, utility, uses

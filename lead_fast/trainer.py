@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +107,7 @@ class Optimization:
         for number, batch in enumerate(batches):
             batch = batch.to(self.device)
             with self._sync_only(last=number == len(batches) - 1):
-                out = self.model(batch, num_items=max(num_items, 1), stats="loss" if observe is None else "all")
+                out = self.model(batch, num_items=max(num_items, 1), stats=None if observe is None else "all")
                 self.accelerator.backward(out.loss)
             total += out.loss.detach()
             if observe is not None:
@@ -176,6 +176,10 @@ class Seconds:
         return {name: round(value, 6) for name, value in parts.items()}
 
 
+#: gets a round that has ended; the fields returned go into its record
+AfterRound = Callable[[Round, RoundReport], dict[str, Any]]
+
+
 @dataclass
 class TrainingRun:
     """What the rounds leave behind: one dict a round (see `round_record`), totals, held-out losses over training."""
@@ -194,6 +198,7 @@ def run_rounds(
     samples_of: Callable[[Sequence[int]], list[Sample]],
     config: TrainConfig,
     *,
+    after_round: Mapping[str, AfterRound] | None = None,
     on_round: Callable[[Round, dict[str, Any]], None] | None = None,
     evaluate_now: Callable[[], dict[str, Any]] | None = None,
     desc: str = "LEAD rounds",
@@ -205,6 +210,7 @@ def run_rounds(
         optimization: trains on them.
         samples_of: tokenized samples of rows of the pool.
         config: step size, learning rate schedule, evaluation interval.
+        after_round: called in order once a round has ended, by the name that its seconds are booked under.
         on_round: called after each round with the choice and its record.
         evaluate_now: held-out scores now; called before, after, and every `config.eval_every` rounds.
 
@@ -252,10 +258,14 @@ def run_rounds(
                 run.supervised_tokens += result.num_items
             with clock.part("estimate"):
                 report = engine.end_round()
+            notes: dict[str, Any] = {}
+            for name, call in (after_round or {}).items():
+                with clock.part(name):
+                    notes |= call(rnd, report)
             parts = clock.take()
             # `observe` runs inside the step; it is counted once, as estimation.
             parts["step"] = round(parts.get("step", 0.0) - parts.pop("observe", 0.0), 6)
-            record = round_record(rnd, report, trained, parts)
+            record = round_record(rnd, report, trained, parts) | notes
             for arm, reward in zip(report.arms, report.rewards, strict=True):
                 if not math.isfinite(reward):
                     logger.warning("round %d: no row of arm %d was observed; its reward is not counted", rnd.number, arm)

@@ -179,8 +179,11 @@ class LossChangeEstimator:
         slope, level = coefficients[:, table.arm[at].long(), torch.where(known, index, 0)]
         return torch.where(known, (slope * table.values[PROXY, at].double() + level).float(), 0.0)
 
-    def pair(self, table: UtilityTable, clocks: Clocks, at: Tensor, loss: Tensor) -> None:
-        """Sees the truth: `loss` fp32 [R] observed now at positions `at`, int64 [R], before the table takes it."""
+    def pair(self, table: UtilityTable, clocks: Clocks, at: Tensor, loss: Tensor, valid: Tensor) -> None:
+        """Sees the truth: `loss` fp32 [R] observed now at positions `at`, int64 [R], before the table takes it.
+
+        Entries where `valid`, bool [R], is False are to be ignored; their position is the spare one.
+        """
 
     def pair_state(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """pairs, totals and fit where `observe` itself is to keep grad_norm's regression."""
@@ -252,17 +255,12 @@ def utility(
     return (1.0 - smoothing) * loss + smoothing * table.values[PREVIOUS, at], loss
 
 
-def observed(table: UtilityTable, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Which samples `observe` will take: positions int64 and losses fp32 of rows that count, on the host's clock.
-
-    Its shapes depend on the data, so it waits for a GPU; only estimators with a hook of their own, and visits that are
-    recorded, need it.
-    """
+def observed(table: UtilityTable, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> Tensor:
+    """Which samples of a micro-batch `observe` will take, bool [S]: arguments as there."""
     present = (rows >= 0) & (rows < len(table.rows)) & (num_tokens > 0)
     at = table.position[torch.where(present, rows, 0)].long()
     usable = present & torch.isfinite(loss) & (table.flags[QUARANTINED, at] == 0)
-    valid = usable & last_occurrence(torch.where(usable, rows, -1))
-    return at[valid], loss[valid]
+    return usable & last_occurrence(torch.where(usable, rows, -1))
 
 
 class WeightChange:

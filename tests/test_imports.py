@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lead_fast"
 # Only these rooms know transformers, accelerate and peft.
 HOSTS = {"transformers", "accelerate", "peft"}
-HOST_ROOMS = {"packing.py", "models.py", "trainer.py", "cli.py", "offline", "integrations"}
+HOST_ROOMS = {"attention.py", "packing.py", "models.py", "trainer.py", "cli.py", "offline", "integrations"}
 # What the inner rooms may import of this package; None: torch and triton alone.
 INNER = {
     "reference.py": set(),
@@ -20,11 +20,13 @@ INNER = {
     "reference_state.py": {"rng"},
     "state.py": {"extension", "reference_state"},
     "device.py": set(),
+    "ranks.py": set(),
     "bandit.py": {"state", "reference_state"},
     "selection.py": {"reference_state"},
     "utility.py": {"state", "reference_state", "selection"},
     "estimators.py": {"utility", "reference_state"},
-    "rounds.py": {"utility", "selection"},
+    "visits.py": {"utility", "reference_state"},
+    "rounds.py": {"utility", "selection", "visits"},
     "pool.py": {"files", "rows", "rowfile"},
     "engine.py": {
         "bandit",
@@ -33,11 +35,13 @@ INNER = {
         "estimators",
         "files",
         "pool",
+        "ranks",
         "reference_state",
         "rng",
         "rounds",
         "selection",
         "utility",
+        "visits",
     },
 }
 

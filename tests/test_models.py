@@ -149,3 +149,25 @@ def test_a_model_whose_packed_samples_would_leak_into_each_other_is_refused(kind
     model = prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     with pytest.raises(ValueError, match="gives packed samples other hidden states"):
         PackedModel(model)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe"])
+def test_experts_are_balanced_as_the_model_s_own_forward_does(kind, tokenizer, samples):
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = tiny(kind, len(tokenizer), output_router_logits=True, router_aux_loss_coef=0.5, **experts)
+    packed, batch = PackedModel(model), pack(samples[:1])
+    labels = torch.from_numpy(samples[0].input_ids).masked_fill(~torch.from_numpy(samples[0].supervised), -100)
+    theirs = model(input_ids=batch.input_ids[None], labels=labels[None])
+    assert float(theirs.aux_loss.detach()) > 0
+    ours = packed(batch)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-6)
+    names = [name for name, p in model.named_parameters() if "gate.weight" in name or "router" in name]
+    routers = [dict(model.named_parameters())[name] for name in names]
+    for a, b in zip(torch.autograd.grad(ours.loss, routers), torch.autograd.grad(theirs.loss, routers), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    # Two micro-batches: each sample's share of the step's supervised tokens.
+    whole = sum(pack([s]).num_items for s in samples[:2])
+    parts = [packed(pack([s]), num_items=whole).loss for s in samples[:2]]
+    plain = [packed(pack([s]), reduction="sum").loss / whole for s in samples[:2]]
+    aux = [model(input_ids=pack([s]).input_ids[None]).aux_loss * 0.5 * pack([s]).num_items / whole for s in samples[:2]]
+    torch.testing.assert_close(sum(parts), sum(plain) + sum(aux), rtol=1e-5, atol=1e-6)

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
-from lead_fast.models import choose_attention
+from lead_fast.models import prepare_model
 
 
-class PackedAttention:
+class AttentionSwitch:
     """Switches a model between the attention it came with (evaluation, generation, saving) and that of packed batches.
 
     `set_attn_implementation` walks every module; here the configurations it changes are found once.
@@ -23,8 +23,7 @@ class PackedAttention:
         # Configurations of the outer modules come first: setting one also sets those it holds.
         self._configs = list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
         self._own = self._current()
-        weight = model.get_input_embeddings().weight
-        model.set_attn_implementation(choose_attention(weight.device, weight.dtype))  # pyright: ignore[reportArgumentType]
+        prepare_model(model)
         self._packed = self._current()
         self._set(self._own)
 

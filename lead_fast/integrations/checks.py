@@ -39,15 +39,10 @@ def check_host(op: str, trainer: Any) -> None:
          f"None: its noise scales with the length of the batch, not of the sample, got {args.neftune_noise_alpha}"),
         (trainer.compute_loss_func is not None, "compute_loss_func", "None: the fused loss is the loss, got a function"),
         (trainer.model_init is not None, "model_init", "None: give the model itself, got a function"),
-        (_adds_auxiliary_loss(trainer), "model", "without an auxiliary loss of its router (`output_router_logits`), got one"),
         (_prompt_learning(model), "model", "a causal LM or one with adapters such as LoRA, got one with a learned prompt"),
     ):  # fmt: skip
         if bad:
             raise ValueError(f"{op}: `{name}` must be {expected}")
-
-
-def _adds_auxiliary_loss(trainer: Any) -> bool:
-    return bool(getattr(trainer.model.config.get_text_config(), "output_router_logits", False))
 
 
 def _prompt_learning(model: Any) -> bool:

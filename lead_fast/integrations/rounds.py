@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from lead_fast.engine import LeadEngine
-from lead_fast.integrations.replay import Replay
 from lead_fast.ops import SampleStats
 from lead_fast.packing import PackedBatch, Sample, pack
 from lead_fast.rounds import Round
 
 STATE_FORMAT = 1
+_POSITION = ("used_before", "steps_done", "num_tokens", "num_items")
 _POOL_ARRAYS = ("arm", "task", "utility", "num_tokens", "aside")
 
 
@@ -43,7 +43,6 @@ class OpenRound:
     used_before: int
     micro_batches: list[list[int]]
     num_steps: int
-    replay: Replay
     steps_done: int = 0
     num_tokens: int = 0
     num_items: int = 0
@@ -73,12 +72,11 @@ class HostRounds:
 
     def begin(self) -> bool:
         """Draws the next round; False when the budget is used or no row is left."""
-        replay, used = Replay(self.engine), self.engine.num_used
+        used = self.engine.num_used
         rnd = self.engine.begin_round()
         if rnd is None:
             return False
-        replay.began(rnd)
-        self.open = self._opened(rnd, used, replay)
+        self.open = self._opened(rnd, used)
         return True
 
     def batches(self) -> Iterator[dict[str, Any]]:
@@ -97,7 +95,6 @@ class HostRounds:
         """Takes the statistics of one micro-batch, before the optimizer step it belongs to."""
         opened = self._open("observe")
         self.engine.observe(batch.rows, samples)
-        opened.replay.observed(batch.rows, samples)
         opened.num_tokens += batch.num_tokens
         opened.num_items += batch.num_items
 
@@ -105,7 +102,6 @@ class HostRounds:
         """Takes an optimizer step: the learning rate it used, 0 where it was left out, and its supervised tokens."""
         opened = self._open("step")
         self.engine.step(lr=lr, num_items=num_items)
-        opened.replay.stepped(lr, num_items)
         opened.steps_done += 1
 
     def end(self) -> dict[str, float]:
@@ -168,12 +164,8 @@ class HostRounds:
 
     def state_dict(self) -> dict[str, Any]:
         """Engine and position, between rounds or inside one, at a boundary of optimizer steps; for `save_state`."""
-        state = {"format": STATE_FORMAT, "settings": self._settings(), "engine": None, "open": None}
-        if self.open is None:
-            return state | {"engine": self.engine.state_dict()}
-        opened = self.open
-        position = {name: getattr(opened, name) for name in ("steps_done", "num_tokens", "num_items")}
-        return state | {"engine": opened.replay.before, "open": position | {"replay": opened.replay.state_dict()}}
+        position = None if self.open is None else {name: getattr(self.open, name) for name in _POSITION}
+        return {"format": STATE_FORMAT, "settings": self._settings(), "engine": self.engine.state_dict(), "position": position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()` into rounds made as they were made for it.
@@ -192,12 +184,9 @@ class HostRounds:
         if changed:
             raise ValueError(f"resume: a run goes on with the settings it began with, but {', '.join(changed)} changed")
         self.engine.load_state_dict(state["engine"])
-        self.open = None
-        if state["open"] is not None:
-            position = dict(state["open"])
-            replay, used = Replay(self.engine), self.engine.num_used
-            rnd = replay.run(position.pop("replay"))
-            self.open = dataclasses.replace(self._opened(rnd, used, replay), **position)
+        self.open, rnd = None, self.engine.open_round
+        if rnd is not None:
+            self.open = dataclasses.replace(self._opened(rnd, 0), **state["position"])
 
     def _settings(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.engine.pool.fingerprint.encode())
@@ -212,13 +201,13 @@ class HostRounds:
             raise RuntimeError(f"HostRounds.{call}: no round is open")
         return self.open
 
-    def _opened(self, rnd: Round, used_before: int, replay: Replay) -> OpenRound:
+    def _opened(self, rnd: Round, used_before: int) -> OpenRound:
         rows = rnd.rows.tolist()
         num_steps = self._num_steps(len(rows))
         parts = num_steps * self.accumulation
         bounds = [len(rows) * i // parts for i in range(parts + 1)]  # even; a part that is empty is never a step's last
         micro_batches = [rows[start:end] for start, end in pairwise(bounds)]
-        return OpenRound(rnd, used_before, micro_batches, num_steps, replay)
+        return OpenRound(rnd, used_before, micro_batches, num_steps)
 
     def _num_steps(self, num_rows: int) -> int:
         return math.ceil(num_rows / (self.batch_size * self.accumulation))

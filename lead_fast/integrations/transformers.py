@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lead_fast.config import LeadConfig
 from lead_fast.engine import LeadEngine
-from lead_fast.integrations.attention import PackedAttention
+from lead_fast.integrations.attention import AttentionSwitch
 from lead_fast.integrations.checks import check_host
 from lead_fast.integrations.rounds import HostRounds
 from lead_fast.integrations.samples import ChatSamples, DatasetSamples
@@ -60,7 +60,7 @@ class LeadRounds(_Host):
         """Once, when the host is set up."""
         check_host(type(self).__name__, self)
         model = self.model
-        self._attention = PackedAttention(model.get_base_model() if hasattr(model, "get_base_model") else model)  # pyright: ignore
+        self._attention = AttentionSwitch(model.get_base_model() if hasattr(model, "get_base_model") else model)  # pyright: ignore
         with self._attention.on():
             self._packed = PackedModel(model)  # pyright: ignore[reportArgumentType]
         self.engine = LeadEngine(pool, lead or LeadConfig(), self.args.device)

@@ -48,7 +48,7 @@ class LeadSFTTrainer(LeadRounds, SFTTrainer):
         for name, expected in (("packing", False), ("loss_type", "nll")):
             if (got := getattr(args, name, expected)) != expected:
                 raise ValueError(
-                    f"LeadSFTTrainer: `{name}` must be {expected!r}: rounds pack and score by themselves, got {got!r}"
+                    f"LeadSFTTrainer: `{name}` must be {expected!r}, got {got!r}: rounds pack and score by themselves"
                 )
         if train_dataset is None:
             if not pool.has_text:
@@ -76,6 +76,9 @@ class LeadSFTTrainer(LeadRounds, SFTTrainer):
             logger.warning("%d of %d rows have nothing to learn from after truncation: set aside", dropped.sum(), len(pool))
             pool = pool.with_arrays(aside=pool.aside | dropped)
         self.start_rounds(pool, lead, self.dataset_samples(index))
+        if self.aux_loss_enabled:
+            causal: Any = self._packed.causal_lm
+            causal.router_aux_loss_coef = self.router_aux_loss_coef  # the host's argument, which only its own loss reads
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -74,6 +74,23 @@ def test_every_row_has_the_loss_that_the_host_gives_it(kind, tokenizer, tmp_path
     assert sum(items) == sum(call[2] for call in calls if call[0] == "step")
 
 
+def test_a_router_keeps_the_weight_that_the_arguments_give_its_loss(tokenizer, tmp_path):
+    rows, options = FORMATS["messages"]
+    options = options | {"router_aux_loss_coef": 0.7, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    model = tiny("mixtral", vocab=len(tokenizer), num_local_experts=4)
+    trainer = LeadSFTTrainer(
+        model, config(tmp_path, max_steps=1, learning_rate=0.0, logging_strategy="steps", logging_steps=1, **options),
+        train_dataset=Dataset.from_list(rows), processing_class=tokenizer, pool=array_pool(n=N), lead=CHOICE,
+    )  # fmt: skip
+    calls = watch(trainer.engine)
+    trainer.train()
+    ((row,),) = [call[1] for call in calls if call[0] == "observe"]
+    host = SFTTrainer(model, config(tmp_path, **options), train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    model.train()
+    expected = float(host.compute_loss(host.model, host.data_collator([host.train_dataset[row]])))
+    assert next(line["loss"] for line in trainer.state.log_history if "loss" in line) == pytest.approx(expected, rel=1e-5)
+
+
 def test_only_assistant_turns_and_completions_are_supervised(tokenizer, tmp_path):
     for kind in ("messages", "prompt-completion", "chat prompt-completion"):
         rows, options = FORMATS[kind]

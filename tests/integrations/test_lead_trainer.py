@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, Trainer, TrainerCallback
 
 import lead_fast as lf
+from lead_fast.attention import PACKED_ATTENTION
 from lead_fast.integrations.transformers import LeadTrainer
-from lead_fast.models import PER_SAMPLE_ATTENTION
 from lead_fast.packing import ChatEncoder
 
 FIVE_ROWS = lf.LeadConfig(budget=30, rate=0.5, min_rounds=6)  # a round
@@ -70,7 +70,7 @@ def test_a_step_has_the_loss_and_gradient_of_its_samples_alone(kind, options, ch
     for layer in layers:
         layer.register_forward_pre_hook(lambda module, _: attention.add(module.config._attn_implementation))
     trainer.train()
-    assert layers and attention == {PER_SAMPLE_ATTENTION}  # when backward recomputes, too
+    assert layers and attention == {PACKED_ATTENTION}  # when backward recomputes, too
     observed = [call for call in calls if call[0] == "observe"]
     rows = [row for _, some, _ in observed for row in some]
     assert len(observed) == 3 and len(rows) == len(set(rows)) == 5
@@ -364,6 +364,23 @@ def test_columns_that_the_model_does_not_take_are_left_out(kind, tmp_path):
         rows[3]["input_ids"],
     ]
     trainer.train()
+
+
+def test_a_router_keeps_its_auxiliary_loss(tmp_path):
+    model, watcher = tiny("mixtral", num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5), Watcher()
+    start = copy.deepcopy(model)
+    trainer = lead_trainer(
+        tmp_path, model, callbacks=[watcher], max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=1,
+        logging_strategy="steps", logging_steps=1,
+    )  # fmt: skip
+    calls = watch(trainer.engine)
+    trainer.train()
+    ((row,),) = [call[1] for call in calls if call[0] == "observe"]
+    ids, labels = (torch.tensor(TokenRows()[row][name])[None] for name in ("input_ids", "labels"))
+    start.train()
+    own = start(input_ids=ids, labels=labels)
+    assert float(own.aux_loss) > 0.1
+    assert next(line["loss"] for line in watcher.logs if "loss" in line) == pytest.approx(own.loss.item(), rel=1e-5)
 
 
 def test_mixed_precision_is_the_hosts(tmp_path):

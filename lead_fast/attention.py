@@ -1,0 +1,213 @@
+"""Attention over packed samples, registered with transformers: no padding, and no sample sees another.
+
+On a GPU in half precision it is one variable-length kernel: flash-attn where it is installed, else torch's own
+`torch.nn.attention.varlen`. Their signatures differ from release to release, so each is called by what it takes. What the
+kernel cannot serve, and every other device and dtype, goes sample by sample, which is said once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import AttentionInterface
+
+logger = logging.getLogger(__name__)
+
+PACKED_ATTENTION = "lead_fast_packed"
+_HALF = (torch.bfloat16, torch.float16)
+_FLASH_HEAD_DIM = 256
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each packed sample.
+
+    Args:
+        query: [1, heads, T, D]; key, value: [1, KV heads, T, D].
+        scaling: of the scores; None is D ** -0.5.
+        sliding_window: keys a query sees, itself included; None is all before it.
+        softcap: cap * tanh(scores / cap) before the softmax.
+        cu_seq_lens_q: int32 [S + 1], sample boundaries; None is one sample.
+        max_length_q: tokens of the longest sample.
+
+    Returns:
+        [1, T, heads, D], and None for the weights.
+
+    Raises:
+        ValueError: the model has attention sinks (`s_aux`), which are not served.
+    """
+    if s_aux is not None:
+        raise ValueError("packed_attention: attention sinks (`s_aux`) are not served")
+    kernel, reason = _kernel_for(query, dropout, scaling, sliding_window, softcap)
+    if kernel is None or cu_seq_lens_q is None or max_length_q is None:
+        if reason is not None:
+            _say_once(reason)
+        out = per_sample_attention(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, softcap)
+        return out.transpose(1, 2), None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    bounds = cu_seq_lens_q.to(torch.int32)
+    return kernel(q, k, v, bounds, max_length_q, scaling, sliding_window, softcap, dropout)[None], None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+def describe_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """What `packed_attention` will run on a device, in words."""
+    if device.type != "cuda" or dtype not in _HALF:
+        return "sample by sample (scaled_dot_product_attention)"
+    name = _library()
+    return "sample by sample: neither flash-attn nor torch.nn.attention.varlen is there" if name is None else name
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logger.warning("attention runs sample by sample: %s", reason)
+
+
+@cache
+def _library() -> str | None:
+    if find_spec("flash_attn") is not None:
+        return "flash-attn"
+    return "torch.nn.attention.varlen" if find_spec("torch.nn.attention.varlen") is not None else None
+
+
+@cache
+def _function(library: str) -> tuple[Callable[..., Any], frozenset[str]]:
+    """The library's variable-length attention and the names of its parameters."""
+    if library == "flash-attn":
+        from flash_attn import flash_attn_varlen_func as function  # pyright: ignore[reportMissingImports]
+    else:
+        from torch.nn.attention.varlen import varlen_attn as function
+    return function, frozenset(inspect.signature(function).parameters)
+
+
+def _kernel_for(
+    query: Tensor, dropout: float, scaling: float | None, window: int | None, softcap: float | None
+) -> tuple[Callable[..., Tensor] | None, str | None]:
+    """The kernel that serves these arguments, or None and what is in its way (nothing worth saying on a CPU)."""
+    if query.device.type != "cuda":
+        return None, None
+    library = _library()
+    if library is None:
+        return None, "neither flash-attn nor torch.nn.attention.varlen is there"
+    if query.dtype not in _HALF:
+        return None, f"{library} serves bf16 and fp16, got {str(query.dtype).removeprefix('torch.')}"
+    if query.shape[-1] > _FLASH_HEAD_DIM:
+        return None, f"{library} serves heads of at most {_FLASH_HEAD_DIM}, got {query.shape[-1]}"
+    _, takes = _function(library)
+    if softcap is not None and "softcap" not in takes:
+        return None, f"{library} has no softcap"
+    if window is not None and "window_size" not in takes:
+        return None, f"{library} of torch {torch.__version__} has no windows"
+    if dropout > 0.0 and "dropout_p" not in takes:
+        return None, f"{library} has no dropout"
+    return (_flash if library == "flash-attn" else _varlen), None
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None,
+    softcap: float | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    function, _ = _function("flash-attn")
+    options: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
+    if window is not None:
+        options["window_size"] = (window - 1, 0)
+    return function(
+        q, k, v, bounds, bounds, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=True, **options
+    )  # fmt: skip
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None,
+    softcap: float | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    function, takes = _function("torch.nn.attention.varlen")
+    options: dict[str, Any] = {}
+    # torch 2.10 has is_causal and neither scale nor windows; 2.11 has both; 2.12 shares KV heads among query heads.
+    if "window_size" in takes:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    else:
+        options["is_causal"] = True
+    if "scale" in takes:
+        options["scale"] = scaling
+    elif scaling is not None:
+        q = q * (scaling * q.shape[-1] ** 0.5)
+    if k.shape[1] != q.shape[1]:
+        if "enable_gqa" in takes:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return function(q, k, v, bounds, bounds, longest, longest, **options)
+
+
+def per_sample_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens_q: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The same, sample by sample: cost grows with the sum of squared lengths, not the square of the sum.
+
+    Returns:
+        [1, heads, T, D].
+    """
+    bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    outputs = []
+    for start, end in pairwise(bounds):
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        window = sliding_window if sliding_window is not None and sliding_window < end - start else None
+        if softcap is None:
+            mask = None if window is None else _window_mask(end - start, window, query.device)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
+                    enable_gqa=q.shape[1] != k.shape[1],
+                )
+            )  # fmt: skip
+        else:
+            outputs.append(_softcapped_attention(q, k, v, softcap, scaling, window, dropout))
+    return torch.cat(outputs, 2)
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    return (distance >= 0) & (distance < (length if window is None else window))
+
+
+def _softcapped_attention(
+    q: Tensor, k: Tensor, v: Tensor, softcap: float, scaling: float | None, window: int | None, dropout: float
+) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_window_mask(q.shape[2], window, q.device), -torch.inf)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v

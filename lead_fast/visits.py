@@ -1,0 +1,48 @@
+"""What each observation shows for free: the loss that was predicted for a row, beside the loss that it then had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lead_fast.reference_state import LOSS, ROUND
+from lead_fast.utility import Clocks, LossChangeEstimator, UtilityTable, utility
+
+#: columns of an estimator's predicted losses are named by this prefix and the estimator
+PREDICTED = "predicted."
+
+Visits = dict[str, Tensor]
+
+
+def make_visit(
+    table: UtilityTable, clocks: Clocks, estimators: Mapping[str, LossChangeEstimator], rows: Tensor, loss: Tensor,
+    valid: Tensor,
+) -> Visits:  # fmt: skip
+    """One micro-batch's observations beside what every estimator predicted, before the table takes them; nothing waits.
+
+    Args:
+        rows: int64 [S]. loss: fp32 [S], observed. valid: bool [S], see `utility.observed`; the others get row -1.
+    """
+    known = torch.where(valid, rows, 0)
+    at = table.position[known].long()
+    visit = {
+        "row": torch.where(valid, rows, -1),
+        "arm": table.arm[at],
+        "seen_round": table.seen[ROUND, at],
+        "seen_loss": table.values[LOSS, at],
+        "observed": loss,
+    }
+    for name, estimator in estimators.items():
+        visit[PREDICTED + name] = utility(table, clocks, estimator, known, smoothing=0.0)[1]
+    return visit
+
+
+def collect(visits: Sequence[Visits]) -> Visits:
+    """The valid visits of micro-batches as one dict of columns on the CPU, in order; no micro-batch, no column."""
+    if not visits:
+        return {}
+    columns = {name: torch.cat([v[name] for v in visits]) for name in visits[0]}
+    valid = columns["row"] >= 0
+    return {name: column[valid].cpu() for name, column in columns.items()}

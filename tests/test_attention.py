@@ -1,0 +1,140 @@
+"""Packed attention: each sample alone, and the adapters to the variable-length kernels by their signatures.
+
+No kernel runs here: doubles with the exact parameters of each release stand for it, computing what it documents in plain
+PyTorch. The tests marked cuda call the real one.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lead_fast import attention
+from lead_fast.attention import packed_attention, per_sample_attention
+
+BOUNDS = torch.tensor([0, 5, 6, 18], dtype=torch.int32)
+
+
+def heads(num_heads, seed, dtype=torch.float32):
+    return torch.randn(1, num_heads, 18, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def documented(q, k, v, bounds, *, causal, scale, window, gqa, softcap=0.0):
+    """Attention over [T, heads, D] as the libraries document it, one query at a time."""
+    assert gqa or q.shape[1] == k.shape[1], "the same number of heads, or grouped queries"
+    groups, out = q.shape[1] // k.shape[1], torch.empty_like(q)
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        for head in range(q.shape[1]):
+            scores = (q[start:end, head] @ k[start:end, head // groups].T) * (q.shape[-1] ** -0.5 if scale is None else scale)
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            i, j = torch.meshgrid(torch.arange(end - start), torch.arange(end - start), indexing="ij")
+            left, right = window
+            seen = ((i - j <= left) | (left < 0)) & ((j - i <= right) | (right < 0))
+            seen &= (j <= i) | (not causal)
+            out[start:end, head] = torch.softmax(scores.masked_fill(~seen, -torch.inf), 1) @ v[start:end, head // groups]
+    return out
+
+
+def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    return documented(query, key, value, cu_seq_q, causal=is_causal, scale=None, window=(-1, -1), gqa=False)
+
+
+def torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    return documented(query, key, value, cu_seq_q, causal=False, scale=scale, window=window_size, gqa=False)
+
+
+def torch_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+               enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
+    return documented(query, key, value, cu_seq_q, causal=False, scale=scale, window=window_size, gqa=enable_gqa)
+
+
+def flash_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+               causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+               return_attn_probs=False, block_table=None):  # fmt: skip
+    return documented(q, k, v, cu_seqlens_q, causal=causal, scale=softmax_scale, window=window_size, gqa=True, softcap=softcap)
+
+
+RELEASES = {"torch 2.10": torch_2_10, "torch 2.11": torch_2_11, "torch 2.13": torch_2_13, "flash-attn": flash_attn}
+
+
+@pytest.fixture
+def kernel(request, monkeypatch):
+    """The double of a release, in place of the library; the device check sees a GPU."""
+    library = "flash-attn" if request.param == "flash-attn" else "torch.nn.attention.varlen"
+    takes = frozenset(attention.inspect.signature(RELEASES[request.param]).parameters)
+    monkeypatch.setattr(attention, "_library", lambda: library)
+    monkeypatch.setattr(attention, "_function", lambda name: (RELEASES[request.param], takes))
+    monkeypatch.setattr(attention, "_HALF", (torch.float32,))
+    choose = attention._kernel_for
+    as_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float32, shape=(1, 4, 18, 8))
+    monkeypatch.setattr(attention, "_kernel_for", lambda query, *rest: choose(as_gpu, *rest))
+    return request.param
+
+
+OPTIONS = [{}, {"scaling": 0.7}, {"sliding_window": 3}, {"scaling": 0.2, "sliding_window": 2}, {"softcap": 2.0}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("kernel", RELEASES, indirect=True)
+def test_every_release_gives_what_each_sample_gets_alone(kernel, num_kv_heads, options, caplog):
+    attention._say_once.cache_clear()
+    q, k, v = heads(4, 0), heads(num_kv_heads, 1), heads(num_kv_heads, 2)
+    got, _ = packed_attention(None, q, k, v, None, cu_seq_lens_q=BOUNDS, max_length_q=12, **options)
+    expected = per_sample_attention(q, k, v, BOUNDS, **options).transpose(1, 2)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    unserved = ("sliding_window" in options and kernel == "torch 2.10") or ("softcap" in options and kernel != "flash-attn")
+    assert ("attention runs sample by sample" in caplog.text) == unserved
+
+
+def test_half_precision_alone_reaches_a_kernel(monkeypatch):
+    monkeypatch.setattr(attention, "_library", lambda: "torch.nn.attention.varlen")
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float32, shape=(1, 4, 18, 64))
+    kernel, reason = attention._kernel_for(on_gpu, 0.0, None, None, None)
+    assert kernel is None and "serves bf16 and fp16, got float32" in reason
+    on_gpu.dtype = torch.bfloat16
+    assert attention._kernel_for(on_gpu, 0.0, None, None, None) == (attention._varlen, None)
+    on_gpu.shape = (1, 4, 18, 320)
+    assert "heads of at most 256" in attention._kernel_for(on_gpu, 0.0, None, None, None)[1]
+
+
+def test_the_installed_torch_has_the_kernel_the_adapter_knows():
+    function, takes = attention._function("torch.nn.attention.varlen")
+    assert list(attention.inspect.signature(function).parameters)[:7] == [
+        "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k",
+    ]  # fmt: skip
+    assert "window_size" in takes or "is_causal" in takes
+
+
+def test_a_sample_sees_no_other_and_nothing_ahead():
+    q, k, v = heads(4, 0), heads(2, 1), heads(2, 2)
+    base = per_sample_attention(q, k, v, BOUNDS)
+    changed = v.clone()
+    changed[:, :, 9] += 1.0
+    moved = (per_sample_attention(q, k, changed, BOUNDS) - base).abs().amax((0, 1, 3)) > 0
+    assert moved.tolist() == [False] * 9 + [True] * 9
+
+
+def test_attention_sinks_are_refused():
+    with pytest.raises(ValueError, match="attention sinks"):
+        packed_attention(None, heads(4, 0), heads(4, 1), heads(4, 2), None, s_aux=torch.ones(4))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
+def test_the_kernel_of_this_machine_gives_what_each_sample_gets_alone(num_kv_heads, options):
+    def make(count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(1, count, 300, 64, generator=generator).to("cuda", torch.bfloat16).requires_grad_()
+
+    bounds = torch.tensor([0, 100, 101, 300], dtype=torch.int32, device="cuda")
+    inputs = make(4, 0), make(num_kv_heads, 1), make(num_kv_heads, 2)
+    upstream = torch.randn(1, 300, 4, 64, device="cuda", dtype=torch.bfloat16)
+    got, _ = packed_attention(None, *inputs, None, cu_seq_lens_q=bounds, max_length_q=199, **options)
+    expected = per_sample_attention(*(x.double() for x in inputs), bounds, **options).transpose(1, 2)
+    torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
+    for ours, truth in zip(torch.autograd.grad(got, inputs, upstream),
+                           torch.autograd.grad(expected, inputs, upstream.double()), strict=True):  # fmt: skip
+        torch.testing.assert_close(ours, truth, rtol=3e-2, atol=3e-2)

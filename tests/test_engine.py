@@ -1,0 +1,168 @@
+"""What users add to the engine and ask of it: estimators of their own, rounds by tokens, misuse."""
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from test_engine_from_spec import Script, make_pool, rows_of, run_script, same_state, samples
+
+import lead_fast as lf
+from lead_fast.estimators import GradNorm
+from lead_fast.reference_state import PROXY, STEP
+
+OPTIONS = {"budget": 1.0, "max_uses": 3, "rate": 0.1, "min_rounds": 15}
+
+
+@lf.register_estimator
+class GradNormByDrop(GradNorm):
+    """grad_norm once more, through the hook for anything that is not affine in a row's proxy."""
+
+    name = "grad_norm_by_drop"
+
+    def drop(self, table, clocks, at):
+        slope, level = self.coefficients(clocks)[:, table.arm[at].long(), table.seen[STEP, at].long()]
+        return (slope * table.values[PROXY, at].double() + level).float()
+
+
+@lf.register_estimator
+class Halving(lf.LossChangeEstimator):
+    """Every loss halves by the next round: coefficients by round."""
+
+    name = "halving"
+    by_round = True
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.pairs = []
+
+    def coefficients(self, clocks):
+        level = torch.full((self.num_arms, clocks.num_rounds + 1), 0.25, dtype=torch.float64)
+        return torch.stack([torch.zeros_like(level), level])
+
+    def pair(self, table, clocks, at, loss, valid):
+        self.pairs += list(zip(table.rows[at[valid]].tolist(), loss[valid].tolist(), strict=True))
+
+
+def make(**options):
+    pool, utility = make_pool()
+    engine, script = lf.LeadEngine(pool, lf.LeadConfig(**OPTIONS | options)), Script(utility)
+    engine.track(script.weights)
+    return engine, script
+
+
+@pytest.mark.parametrize("preset", ["robust", "paper"])
+def test_an_estimator_by_drop_chooses_what_the_same_one_by_coefficients_chooses(preset):
+    fast, slow = (run_script(*make(estimator=name, preset=preset), 25) for name in ("grad_norm", "grad_norm_by_drop"))
+    assert [out[:3] for out in fast] == [out[:3] for out in slow] and len(fast) == 25
+    np.testing.assert_allclose([out[4] for out in fast], [out[4] for out in slow], rtol=1e-5, atol=1e-7)
+
+
+def test_an_estimator_of_the_user_s_sees_every_observation_and_decides_the_utilities():
+    engine, _ = make(estimator="halving", smoothing=0.0)
+    everything = torch.arange(len(engine.pool))
+    first = torch.from_numpy(np.asarray(engine.pool.utility))
+    torch.testing.assert_close(engine.utility(everything), (first - 0.25).clamp_min(0.0))
+    rnd = engine.begin_round()
+    shown = [(row, loss) for row, loss in zip(rnd.rows.tolist(), np.linspace(0.5, 2.0, len(rnd)).tolist(), strict=True)]
+    batch = [(row, loss, 3.0, 1.0) for row, loss in shown]
+    engine.observe(rows_of(batch), samples(batch))
+    engine.observe(*(part(batch[:1]) for part in (rows_of, samples)))
+    assert engine.estimator.pairs == [pytest.approx(pair) for pair in [*shown, shown[0]]]
+    # The open round has no coefficients yet: what was just seen stands.
+    torch.testing.assert_close(engine.utility(rnd.rows), torch.tensor([loss for _, loss in shown]))
+    engine.step(lr=1e-3, num_items=3)
+    engine.end_round()
+    torch.testing.assert_close(engine.utility(rnd.rows), torch.tensor([loss - 0.25 for _, loss in shown]))
+
+
+def test_rounds_by_tokens_have_the_tokens_asked_for():
+    g = np.random.default_rng(0)
+    tokens = g.integers(20, 200, 4000)
+    pool = lf.Pool.from_arrays(
+        arm=g.integers(0, 2, 4000), task=g.integers(0, 5, 4000), utility=g.gamma(4.0, 0.5, 4000)
+    ).with_arrays(num_tokens=tokens)
+    engine = lf.LeadEngine(pool, lf.LeadConfig(round_tokens=5000, min_rounds=0, budget=1.0))
+    for _ in range(6):
+        rnd = engine.begin_round()
+        assert len(rnd) == round(5000 / tokens[np.asarray(pool.arm) == rnd.arm].mean()) or rnd.number > 1
+        assert 3500 < tokens[rnd.rows.numpy()].sum() < 6500
+        engine.end_round()
+    with pytest.raises(ValueError, match=r"needs `pool\.num_tokens`"):
+        lf.LeadEngine(make_pool()[0], lf.LeadConfig(round_tokens=5000))
+
+
+def test_rounds_carry_their_candidates_when_asked():
+    engine, _ = make(preset="paper")
+    assert engine.begin_round().candidates == []
+    engine.end_round()
+    engine.record_candidates = True
+    rnd = engine.begin_round()
+    (candidates,) = rnd.candidates
+    assert sorted(candidates.row[candidates.chosen].tolist()) == sorted(rnd.rows.tolist())
+    assert candidates.row.tolist() == engine.groups.arm_rows(rnd.arm).tolist()  # nothing is used up yet
+    torch.testing.assert_close(candidates.utility, engine.utility(candidates.row))
+
+
+def test_a_run_that_outgrows_the_clock_goes_on():
+    engine, _ = make()
+    engine.begin_round()
+    for number in range(2500):
+        engine.step(lr=1e-5 * (1 + number % 2), num_items=10.0)
+    assert engine.clocks.num_steps == 2500 and int(engine.clocks.counters[0]) == 2500
+    assert float(engine.clocks.clock[2500, 2]) == pytest.approx(2500 * 1.5e-5)
+    engine.end_round()
+    again = lf.LeadEngine(engine.pool, engine.config)
+    again.load_state_dict(engine.state_dict())
+    assert torch.equal(again.clocks.clock[:2501], engine.clocks.clock[:2501])
+
+
+def test_calls_out_of_turn_and_wrong_arguments_are_named():
+    engine, _ = make()
+    batch = [(0, 1.0, 3.0, 1.0), (1, 1.0, 3.0, 1.0)]
+    with pytest.raises(RuntimeError, match=r"LeadEngine\.observe: no round is open"):
+        engine.observe(rows_of(batch), samples(batch))
+    engine.begin_round()
+    with pytest.raises(RuntimeError, match="round 1 must be ended first"):
+        engine.begin_round()
+    with pytest.raises(ValueError, match=r"`rows` must be int64 \[S\], got torch.int32 \[2\]"):
+        engine.observe(rows_of(batch).int(), samples(batch))
+    with pytest.raises(ValueError, match=r"`samples` must have 1 entries"):
+        engine.observe(rows_of(batch[:1]), samples(batch))
+    with pytest.raises(ValueError, match=r"`rows` must be in -1\.\.119, got"):
+        engine.observe(torch.tensor([0, 120]), samples(batch))
+    with pytest.raises(ValueError, match="`lr` must be a finite number"):
+        engine.step(lr=float("nan"), num_items=3)
+
+
+@pytest.mark.parametrize("options", [{}, {"estimator": "historical", "preset": "paper"}], ids=str)
+def test_an_engine_restored_inside_a_round_goes_on_identically(options):
+    engines, states = [], []
+    for stops in (False, True):
+        engine, script = make(**options)
+        engine.record_visits = engine.record_candidates = True
+        out = []
+        for _ in range(12):
+            rnd = engine.begin_round()
+            for step in script.round(rnd.number, rnd.rows.tolist()):
+                for batch in step.batches:
+                    engine.observe(rows_of(batch), samples(batch))
+                    if stops:
+                        file = BytesIO()
+                        torch.save(engine.state_dict(), file)
+                        file.seek(0)
+                        engine = lf.LeadEngine(engine.pool, engine.config)
+                        engine.record_visits = engine.record_candidates = True
+                        engine.track(script.weights)
+                        engine.load_state_dict(torch.load(file, weights_only=True))
+                        assert engine.open_round.rows.tolist() == rnd.rows.tolist()
+                        assert len(engine.open_round.candidates) == 1
+                script.move_weights(rnd.number, step.lr)
+                engine.step(lr=step.lr, num_items=step.num_items)
+            report = engine.end_round()
+            visits = {name: column.tolist() for name, column in report.visits.items()}
+            out.append(repr((rnd.rows.tolist(), report.rewards, report.calibration, report.num_samples, visits)))
+        engines.append(out)
+        states.append(engine.state_dict())
+    assert engines[0] == engines[1]
+    assert same_state(*states)
