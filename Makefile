@@ -1,7 +1,7 @@
 # Every target sets itself up: a virtual environment in .venv, torch, the package with its extension (.ci/setup.sh).
 #   make test TORCH=torch==2.12.0 TORCH_INDEX_URL=... PYTHON=python3.12
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test test-kill bench gpu lint clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -11,6 +11,11 @@ demo:
 test:
 	@.ci/setup.sh test
 	.venv/bin/pytest -q --durations=15 tests
+
+# Fifty runs killed by SIGKILL at seeded random moments, resumed, and compared with runs that were not killed.
+test-kill:
+	@.ci/setup.sh test
+	.venv/bin/pytest -q -m kill tests/test_kill.py
 
 bench:
 	@.ci/setup.sh test,bench

@@ -133,7 +133,8 @@ def _run_words(run: dict[str, Any]) -> str:
     warnings = "; ".join(w["text"] for w in run["warnings"])
     return (
         f"{run['rounds']} rounds, {run['rows']} of {run['pool']} rows, {run['optimizer_steps']} steps, {c['pairs']} pairs "
-        f"({c['revisit_pairs']} revisits), prior in use for {', '.join(c['prior']) or 'nothing'}; warnings: {warnings or 'none'}"
+        f"({c['revisit_pairs']} revisits), prior in use for {', '.join(c['prior']) or 'nothing'}; "
+        f"warnings: {warnings or 'none'}"
     )
 
 

@@ -39,7 +39,7 @@ class Records:
     Attributes:
         columns: int64 round (of the truth), row, arm, seen_round (when last trained on, 0: never); fp64 seen_loss (when
             last seen, or the first utility) and observed, in nats per supervised token.
-        predicted: fp64, by estimator.
+        predicted: fp64, by estimator; not cut at 0, so that predicted minus seen_loss is the change that it foresaw.
     """
 
     columns: dict[str, np.ndarray]
@@ -116,10 +116,11 @@ def prediction_errors(records: Records, estimator: str) -> dict[str, Any]:
         number of rows, where a value common to the round counts for nothing; top_overlap (highest tenth of losses). None
         where too few entries say nothing.
     """
-    predicted, true, before = records.predicted[estimator], records["observed"], records["seen_loss"]
+    uncut, true, before = records.predicted[estimator], records["observed"], records["seen_loss"]
+    predicted = np.maximum(uncut, 0.0)
     if not len(records):
         return {"n": 0} | dict.fromkeys(("mae", "bias", *_RANKED))
-    change, true_change = np.round((predicted - before) / _CHANGE_GRID), true - before
+    change, true_change = np.round((uncut - before) / _CHANGE_GRID), true - before
     within = [(int(at.sum()), spearman(change[at], true_change[at])) for at in _by_round(records["round"])]
     within = [(n, rho) for n, rho in within if rho is not None and n >= _ROWS_WITHIN_ROUND]
     return {

@@ -118,8 +118,9 @@ def _plot_scatter(report: AuditReport, source: str, names: tuple[str, str], axes
     low, high = low - margin, high + margin
     for ax, estimator in zip(axes[0], report.estimators, strict=True):
         for (name, records), true, base, color in zip(shown, truths, bases, COLORS, strict=False):
-            ax.plot(true, np.clip(records.predicted[estimator] - base, low, high), "o", ms=2.5, alpha=0.4, mew=0,
-                    color=color, label=name, clip_on=False)  # fmt: skip
+            predicted = records.predicted[estimator] - base if change else np.maximum(records.predicted[estimator], 0.0)
+            ax.plot(true, np.clip(predicted, low, high), "o", ms=2.5, alpha=0.4, mew=0, color=color, label=name,
+                    clip_on=False)  # fmt: skip
         ax.plot([low, high], [low, high], color="#8c959f", lw=0.8)
         ax.set(title=estimator, xlabel="true", xlim=(low, high), ylim=(low, high), aspect="equal")
     axes[0, 0].set(ylabel="predicted")
@@ -144,7 +145,7 @@ def _plot_rounds(report: AuditReport, source: str, names: tuple[str, str], axes:
                 curve = next(c for c in report.curves if (c["source"], c["rows"], c["estimator"]) == (source, kind, estimator))
                 points = [(x, y) for x, y in zip(curve["round"], curve[statistic], strict=True) if y is not None]
                 # Thinner from one to the next: curves that lie on each other stay visible.
-                width = 0.8 + 1.1 * (len(report.estimators) - 1 - number)
+                width = 0.8 + 0.7 * (len(report.estimators) - 1 - number)
                 ax.plot(*(zip(*points, strict=True) if points else ([], [])), "o-", ms=width + 1.6, lw=width,
                         color=_color(number), label=estimator)  # fmt: skip
             if statistic != "mae":
@@ -165,7 +166,8 @@ def _plot_arms(report: AuditReport, source: str, names: tuple[str, str], axes: A
             entries = [e for e in report.errors if e["slice"].startswith("arm ") and e["n"]
                        and (e["source"], e["rows"], e["estimator"]) == (source, kind, estimator)]  # fmt: skip
             arms = [int(e["slice"].removeprefix("arm ")) for e in entries]
-            ax.plot(arms, [e["mae"] for e in entries], "o", ms=7, alpha=0.8, color=_color(number), label=estimator)
+            size = 5 + 2 * (len(report.estimators) - 1 - number)
+            ax.plot(arms, [e["mae"] for e in entries], "o", ms=size, color=_color(number), label=estimator)
             ax.set(xticks=arms)
         ax.set(title=name, xlabel="arm", yscale="log")
         ax.margins(x=0.15)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from lead_fast.engine import LeadEngine
 from lead_fast.reference_state import STREAM_AUDIT
 from lead_fast.rng import philox_uniform
 from lead_fast.rounds import Round, RoundReport
-from lead_fast.visits import PREDICTED
+from lead_fast.visits import make_visit
 
 #: true losses of rows now, fp32 [n] on the CPU, and the tokens of the forward passes that gave them
 Scorer = Callable[[Sequence[int]], tuple[Tensor, int]]
@@ -48,22 +47,18 @@ class Auditor:
             write_records(self.folder, "visits", rnd.number, report.visits)
         if rnd.number % self.every:
             return {}
-        rows, seen_round = audit_rows(self.engine, rnd.number, self.num_rows)
+        rows = audit_rows(self.engine, rnd.number, self.num_rows)
+        engine, at = self.engine, rows.to(self.engine.device)
         # Predicted before they are scored: a scorer that touched the engine could not make the audit look better.
-        columns: dict[str, Any] = {
-            "row": rows,
-            "arm": np.asarray(self.engine.pool.arm)[rows.numpy()],
-            "seen_round": seen_round,
-            "seen_loss": self.engine.predicted_loss(rows, "none").cpu(),
-        }
-        for name in self.engine.estimators:
-            columns[PREDICTED + name] = self.engine.predicted_loss(rows, name).cpu()
+        unknown = torch.full((len(rows),), torch.nan, device=at.device)
+        visit = make_visit(engine.table, engine.clocks, engine.estimators, at, unknown, torch.ones_like(at, dtype=torch.bool))
+        columns = {name: column.cpu() for name, column in visit.items()}
         columns["observed"], tokens = self.score(rows.tolist())
         write_records(self.folder, "rescored", rnd.number, columns)
         return {"audit": {"rows": len(rows), "tokens": tokens}}
 
 
-def audit_rows(engine: LeadEngine, number: int, count: int) -> tuple[Tensor, Tensor]:
+def audit_rows(engine: LeadEngine, number: int, count: int) -> Tensor:
     """Random rows to re-score after round `number`: half of those trained on so far, half of those never chosen.
 
     Args:
@@ -71,16 +66,15 @@ def audit_rows(engine: LeadEngine, number: int, count: int) -> tuple[Tensor, Ten
         count: rows in all; fewer where a half has fewer.
 
     Returns:
-        Rows, int64 [n] on the CPU, ascending, and the round in which each was chosen last, int32 [n], 0 for never.
+        int64 [n] on the CPU, ascending.
     """
     choosable = engine.groups.choosable_rows().cpu()
-    last = torch.zeros(len(engine.pool), dtype=torch.int32)
-    for round_number, rows, _ in engine.history:
-        last[rows] = round_number
-    halves = [choosable[last[choosable] > 0], choosable[last[choosable] == 0]]
+    trained = torch.zeros(len(engine.pool), dtype=torch.bool)
+    for _, rows, _ in engine.history:
+        trained[rows] = True
+    halves = [choosable[trained[choosable]], choosable[~trained[choosable]]]
     drawn = [
         half[philox_uniform(engine.config.seed, STREAM_AUDIT, number, half).argsort(stable=True)[: count // 2]]
         for half in halves
     ]
-    rows = torch.cat(drawn).sort().values
-    return rows, last[rows]
+    return torch.cat(drawn).sort().values

@@ -150,18 +150,25 @@ class Bandit:
         return scaled
 
     def reachable(self, num_rounds: int) -> float:
-        """The largest probability that one of K arms could have after `num_rounds` maximal rewards.
+        """The largest probability that one of K arms could have after `num_rounds` rounds, each as good for it as can be.
 
-        At few rounds EXP3 can hardly move; reports state this bound beside what happened.
+        At few rounds EXP3 can hardly move; reports state this bound beside what happened. 1 for `greedy`, 1/K for `uniform`.
         """
-        log_w = torch.zeros(len(self.log_w), dtype=torch.float64)
-        mask = torch.ones(len(log_w), dtype=torch.bool)
+        if self.variant == "greedy":
+            return 1.0
+        other = Bandit(len(self.log_w), self.variant, self.gamma, self.share)
+        mask = torch.ones(len(self.log_w), dtype=torch.bool)
         for _ in range(num_rounds):
-            prob = float(exp3_probs(log_w, mask, self.gamma)[0])
-            if prob > 1.0 - self.gamma:
+            probs = other.probs(mask)
+            if float(probs[0]) > 1.0 - self.gamma:
                 break
-            log_w = exp3_update(log_w, mask, 0, 1.0, prob, self.gamma)
-        return float(exp3_probs(log_w, mask, self.gamma)[0])
+            # Rewards of its own raise an arm; under exp3_ix only the losses of others do.
+            arm = 1 + int(probs[1:].argmax()) if self.variant == "exp3_ix" and len(probs) > 1 else 0
+            reward = -1.0 if self.variant == "exp3_ix" else 1.0
+            other.log_w = exp3_update(
+                other.log_w, mask, arm, reward, float(probs[arm]), self.gamma, variant=self.variant, share=self.share
+            )  # fmt: skip
+        return float(other.probs(mask)[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors; `load_state_dict` restores them exactly."""

@@ -7,9 +7,11 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lead_fast import __version__
@@ -102,7 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         "warm-up, difficulty and clusters alone: writes a pool that `train` takes",
         (PrepareConfig, LeadConfig),
     )
-    command("train", "fine-tune a model with LEAD: warm-up, difficulty, clusters, rounds, report", (TrainConfig, LeadConfig))
+    train = command(
+        "train", "fine-tune a model with LEAD: warm-up, difficulty, clusters, rounds, report", (TrainConfig, LeadConfig)
+    )
+    train.add_argument(
+        "--show-batch", action="store_true",
+        help="print the first packed batch (samples, rows, position ids, tokens, which of them are supervised) and end",
+    )  # fmt: skip
     audit = command("audit", "how far a run's predicted losses were from true ones: a table, audit.html, audit.json")
     audit.add_argument("run", help="folder of a run trained with --audit-every")
     report = command("report", "write report.html of a run again")
@@ -112,9 +120,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _configs(arguments: argparse.Namespace, *configs: type) -> list[Any]:
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "config", "verbose")}
-    options = read_yaml(arguments.config) if arguments.config else {}
-    return make_configs(options | given, *configs)
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "config", "verbose", "show_batch")}
+    options = (read_yaml(arguments.config) if arguments.config else {}) | given
+    if arguments.command == "train" and options.get("resume"):
+        options = _began_with(options) | options
+    return make_configs(options, *configs)
+
+
+def _began_with(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the run that --resume goes on with, where it got as far as writing them; without --out it runs here."""
+    config = Path(options.get("out") or ".") / "config.yaml"
+    if not config.exists():
+        return {}
+    return read_yaml(config) | {"out": str(config.parent)}
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -140,6 +158,13 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     if arguments.command == "prepare":
         return run_prepare(*_configs(arguments, PrepareConfig, LeadConfig))
+    if arguments.show_batch:
+        from lead_fast.show import show_batch
+
+        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        text, summary = show_batch(*_configs(arguments, TrainConfig, LeadConfig), color=color)
+        print(text)
+        return summary
     return run_train(*_configs(arguments, TrainConfig, LeadConfig))
 
 
@@ -147,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the last line on stdout is a JSON summary, everything else goes to stderr.
 
     Returns:
-        0; 1 for an error that the user can mend; 130 after Ctrl-C.
+        0; 1 for an error that the user can mend; 130 after Ctrl-C; 143 after SIGTERM.
     """
     arguments = _parser().parse_args(argv)
     logging.basicConfig(
@@ -162,9 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         summary = _run(arguments)
-    except KeyboardInterrupt:
-        print("lead-fast: interrupted; finished stages are kept, go on with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        print(f"lead-fast: interrupted; {interrupt or 'nothing is lost but the stage that ran'}", file=sys.stderr)
+        return 128 + getattr(interrupt, "signum", signal.SIGINT)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if arguments.verbose:
             raise

@@ -126,7 +126,10 @@ class PrepareConfig:
     )
     pool: str | None = option(None, "the pool: JSONL, JSONL.gz, Parquet, a datasets folder, or a prepared pool")
     out: str | None = option(None, "folder that the run writes")
-    resume: bool = option(False, "go on in `out`: stages that are complete are not run again")
+    resume: bool = option(
+        False, "go on in `out` from the newest good checkpoint; stages that are complete are not run again. `train` takes an "
+        "option that is left out from the run's config.yaml, and for `out` the folder that it is started in"
+    )  # fmt: skip
     on_bad_row: str = option("error", "stop at the first bad row, or write it to a rejects file", choices=("error", "skip"))
     max_length: int = option(1024, "tokens of a packed sample; longer prompts are cut from the left")
     pack_tokens: int = option(4096, "tokens of one packed forward pass while scoring")
@@ -182,6 +185,8 @@ class TrainConfig(PrepareConfig):
     train_tokens: int | None = option(None, "stop at so many trained tokens, whatever the budget")
     schedule: str = option("cosine", "learning rate over progress", choices=("constant", "linear", "cosine"))
     warmup_ratio: float = option(0.03, "share of progress with a rising learning rate")
+    checkpoint_minutes: float = option(10.0, "write a checkpoint after so many minutes, inside a round too (0: not by time)")
+    checkpoint_rounds: int = option(0, "write a checkpoint after so many rounds, whichever comes first (0: not by rounds)")
     log_utilities: bool = option(False, "write a Parquet file a round: row, task, uses and utility of every candidate")
     audit_every: int = option(0, "re-score random rows every so many rounds, to audit the predicted losses (0: never)")
     audit_rows: int = option(128, "rows re-scored each time: half trained on before, half never")
@@ -197,6 +202,8 @@ class TrainConfig(PrepareConfig):
         _check(self, "warmup_ratio", 0.0 <= self.warmup_ratio < 1.0, "in [0, 1)")
         _check(self, "audit_every", self.audit_every >= 0, "at least 0")
         _check(self, "audit_rows", self.audit_rows >= 2, "at least 2")
+        for name in ("checkpoint_minutes", "checkpoint_rounds"):
+            _check(self, name, getattr(self, name) >= 0, "at least 0")
 
     @property
     def audited(self) -> list[str]:

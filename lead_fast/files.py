@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -12,37 +13,62 @@ from typing import Any
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary path (file or folder) beside `path`, renamed to it when the block ends without an error.
 
     An existing folder at `path` is replaced; on an error the temporary is removed and `path` stays as it was.
+
+    Args:
+        path: what the block makes.
+        durable: everything is on the disk, name included, when this returns: a power cut cannot leave a name without content.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
+        if durable:
+            for part in (temporary, *temporary.rglob("*")):
+                sync(part)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         temporary.replace(path)
+        if durable:
+            sync(path.parent)
     finally:
         _remove(temporary)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporaries that killed processes left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        _remove(path)
+
+
+def write_text(path: str | Path, text: str, *, durable: bool = False) -> None:
     """Writes a UTF-8 text file atomically."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: Any, *, durable: bool = False) -> None:
     """Writes indented JSON atomically; NaN and infinity are errors, since JSON has none."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", durable=durable)
 
 
-def write_jsonl(path: str | Path, rows: list[dict[str, Any]]) -> None:
+def write_jsonl(path: str | Path, rows: list[dict[str, Any]], *, durable: bool = False) -> None:
     """Writes one JSON object a line atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    write_text(path, "".join(lines), durable=durable)
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

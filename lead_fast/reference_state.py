@@ -262,7 +262,7 @@ def rank(
     available = torch.bincount(group, minlength=groups)
     if token_budget > 0 and num_tokens is not None:
         mean = num_tokens[at].double().sum() / max(len(at), 1)
-        tokens_cap = max(1, torch.round(token_budget / mean.clamp_min(1.0)).long().item())
+        tokens_cap = max(1, int(torch.round(token_budget / mean.clamp_min(1.0))))
         rate, cap = 1.0, tokens_cap if cap < 0 else min(cap, tokens_cap)
     uniform = philox_uniform_reference(seed, STREAM_TASKS, round, arm_drawn)
     quotas = task_quotas(available, rate, None if cap < 0 else cap, float(uniform[0]))
@@ -353,8 +353,9 @@ def exp3_probs(log_w: Tensor, mask: Tensor, gamma: float) -> Tensor:
     The maximum is taken over A only: a retired arm with a huge weight must not push the others to 0.
     """
     size = mask.sum().clamp_min(1).double()
+    floor = torch.full_like(size, gamma) / size  # a number over a tensor would go through the reciprocal, an ulp below
     inside = torch.where(mask.any(), log_w.masked_fill(~mask, -math.inf), 0.0)
-    return torch.where(mask, (1.0 - gamma) * torch.softmax(inside, 0) + gamma / size, 0.0)
+    return torch.where(mask, (1.0 - gamma) * torch.softmax(inside, 0) + floor, 0.0)
 
 
 def exp3_draw(probs: Tensor, uniforms: Tensor) -> Tensor:
@@ -392,7 +393,7 @@ def exp3_update(
     Source: Auer et al. 2002 (EXP3, EXP3.S); Neu 2015 (EXP3-IX).
     """
     name, count = VARIANTS[variant], mask.sum().double()
-    rate = gamma / count
+    rate = torch.full_like(count, gamma) / count
     log_w = log_w.clone()
     for arm, reward, prob in zip(arms, rewards, probs, strict=True):
         take = (arm >= 0) & ~torch.isnan(reward)

@@ -55,7 +55,9 @@ class Round:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Round:
         """The round of a `state_dict`."""
-        return cls(**state | {"candidates": [Candidates(**fields) for fields in state["candidates"].values()]})
+        fields: dict[str, Any] = dict(state)
+        fields["candidates"] = [Candidates(**columns) for columns in state["candidates"].values()]
+        return cls(**fields)
 
 
 class OpenRound(NamedTuple):
@@ -78,9 +80,9 @@ class OpenRound(NamedTuple):
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> OpenRound:
         """The round of a `state_dict`, on a device."""
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
-        visits = [{name: column.to(device) for name, column in visit.items()} for visit in state["visits"].values()]
-        return cls(**{"begin_weights": None} | moved | {"visits": visits})
+        moved: dict[str, Any] = {n: value.to(device) if isinstance(value, Tensor) else value for n, value in state.items()}
+        moved["visits"] = [{n: column.to(device) for n, column in visit.items()} for visit in state["visits"].values()]
+        return cls(**{"begin_weights": None, **moved})
 
 
 class RoundReport:
@@ -146,7 +148,7 @@ class RoundReport:
         """Every observation of a row with a finite loss, in order; None unless `LeadEngine.record_visits` was on.
 
         Columns [n] on the CPU: row int64; arm int16; seen_round int32, of the row's visit before, 0 for its first;
-        fp32 seen_loss, when last seen or the first utility; predicted.NAME, by each estimator; observed.
+        fp32 seen_loss, when last seen or the first utility; predicted.NAME, by each estimator, not cut at 0; observed.
         """
         return None if self._visits is None else collect(self._visits)
 

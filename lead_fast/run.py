@@ -16,20 +16,38 @@ import torch
 
 from lead_fast.audit import AUDIT_FOLDER
 from lead_fast.auditor import Auditor, Scorer
+from lead_fast.checkpoint import Checkpoints
 from lead_fast.config import LeadConfig, PrepareConfig, TrainConfig, to_yaml
 from lead_fast.engine import LeadEngine
-from lead_fast.files import atomic_path, write_json, write_jsonl, write_text
+from lead_fast.files import atomic_path, remove_leftovers, write_json, write_jsonl, write_text
+from lead_fast.interrupts import StopSignals
 from lead_fast.models import save_model
 from lead_fast.offline.prepare import PREPARED_FILE, Prepared, encoded_rows, load_prepared, prepare
 from lead_fast.packing import ChatEncoder, Sample
 from lead_fast.pool import Pool
 from lead_fast.report import write_run_report
+from lead_fast.resume import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    ROUNDS_FILE,
+    Checkpointer,
+    RoundLog,
+    check_options,
+    failures_explained,
+    locked,
+    rounds_of,
+)
 from lead_fast.rounds import Round
 from lead_fast.signals import Signals
 from lead_fast.trainer import AfterRound, Optimization, TrainingRun, evaluate, make_accelerator, run_rounds, write_candidates
+from lead_fast.training_state import TrainingState, seed_generators
 from lead_fast.utility import estimator_class
 
 logger = logging.getLogger(__name__)
+
+SUMMARY_FILE, UTILITIES = "summary.json", "utilities"
+# What summary.json holds for the report, beside the flat summary.
+SUMMARY_DETAILS = ("evaluations", "utility", "arms", "sources", "warnings", "preparation")
 
 
 class RunFolderError(ValueError):
@@ -78,32 +96,76 @@ def run_prepare(config: PrepareConfig, lead: LeadConfig) -> dict[str, Any]:
         raise ValueError(f"pool: {config.pool} is prepared already; give it to `lead-fast train`")
     assert config.out is not None
     folder = claim_folder(config.out, resume=config.resume)
-    prepared = prepare(inputs, config, lead, folder)
-    write_text(folder / "config.yaml", to_yaml(config, lead.resolve()))
+    with StopSignals(), locked(folder):
+        prepared = prepare(inputs, config, lead, folder)
+        write_text(folder / CONFIG_FILE, to_yaml(config, lead.resolve()))
     return {"out": str(folder), **prepared.summary}
 
 
 def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
     """`lead-fast train`: the offline stages where the pool is raw, LEAD's rounds, the trained model, the report.
 
+    With `config.resume` the rounds go on from the newest good checkpoint in `config.out`; on a CPU they give what the run
+    would have given without the interruption, bit for bit.
+
     Returns:
         A JSON summary, also written to summary.json.
+
+    Raises:
+        ValueError: an option that cannot be. TrainingError: training cannot go on; the message says how to resume.
+        Interrupted: SIGINT or SIGTERM; a checkpoint is written.
     """
-    start = time.perf_counter()
+    start = time.monotonic()
     _set_threads(config)
-    torch.manual_seed(lead.seed)
+    seed_generators(lead.seed)
     for name in [lead.estimator, *(config.audited if config.audit_every else ())]:
         estimator_class(name)
-    inputs = open_inputs(config)
-    heldout = None if config.heldout is None else Pool.open(config.heldout)
+    if config.out is None:
+        raise ValueError("out: required")
+    folder = Path(config.out)
+    if config.resume and (folder / SUMMARY_FILE).exists():
+        return finished_run(folder)
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    with StopSignals() as stop:
+        if config.resume and checkpoints.paths():
+            check_options(folder, config, lead)
+            inputs = own_inputs(config)
+        else:
+            inputs = open_inputs(config)
+        heldout = None if config.heldout is None else Pool.open(config.heldout)
+        claim_folder(config.out, resume=config.resume)
+        with locked(folder), failures_explained(checkpoints):
+            return _train(inputs, heldout, config, lead, checkpoints, stop, start)
+
+
+def finished_run(folder: Path) -> dict[str, Any]:
+    """The summary of a run that is finished; its report is written where that was interrupted."""
+    logger.info("%s: the run is finished, there is nothing to resume", folder)
+    if not (folder / "report.html").exists():
+        write_run_report(folder)
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    return {name: value for name, value in summary.items() if name not in SUMMARY_DETAILS}
+
+
+def own_inputs(config: TrainConfig) -> Prepared | Pool:
+    """The inputs of a run that has begun: what it prepared itself does not need the raw pool again."""
     assert config.out is not None
-    folder = claim_folder(config.out, resume=config.resume)
+    prepared = Path(config.out) / "prepared"
+    return load_prepared(prepared) if (prepared / PREPARED_FILE).exists() else open_inputs(config)
+
+
+def _train(
+    inputs: Prepared | Pool, heldout: Pool | None, config: TrainConfig, lead: LeadConfig, checkpoints: Checkpoints,
+    stop: StopSignals, start: float,
+) -> dict[str, Any]:  # fmt: skip
+    folder = checkpoints.folder.parent
+    options = to_yaml(config, lead.resolve())
     if isinstance(inputs, Prepared):
         # The kind of model decides the default learning rate.
         prepared, config = inputs, dataclasses.replace(config, model_config=inputs.summary["model_config"])
     else:
         prepared = prepare(inputs, config, lead, folder / "prepared")
-    write_text(folder / "config.yaml", to_yaml(config, lead.resolve()))
+    write_text(folder / CONFIG_FILE, options)
 
     tokenizer = prepared.tokenizer(config)
     encoder = ChatEncoder(tokenizer, config.max_length)
@@ -112,48 +174,76 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
     engine.record_candidates = config.log_utilities
     first_utility = engine.utility(engine.groups.choosable_rows()).cpu().numpy()
     optimization = Optimization(prepared.model(config, seed=lead.seed), accelerator, config)
-    after_round: dict[str, AfterRound] = {"signals": Signals(engine).after_round}
+    signals = Signals(engine)
+    after_round: dict[str, AfterRound] = {"signals": signals.after_round}
     if config.audit_every:
         scorer = row_scorer(optimization, ChatEncoder(tokenizer, config.max_length), prepared.pool, config)
         after_round["audit"] = Auditor(engine, config, scorer, folder / AUDIT_FOLDER).after_round
     if engine.budget < engine.config.budget_rows(len(prepared.pool)):
         logger.warning("the budget is cut to the %d rows that are not set aside", engine.budget)
 
-    rounds_path = folder / "rounds.jsonl"
-    rounds_path.unlink(missing_ok=True)
-    for name in ("utilities", AUDIT_FOLDER):
-        shutil.rmtree(folder / name, ignore_errors=True)  # of an attempt before
-    with rounds_path.open("a", encoding="utf-8") as rounds_file:
+    # Again: what the stages drew depends on which of them had to run.
+    seed_generators(lead.seed)
+    state = TrainingState(engine, optimization, signals, heldout)
+    run, log, seconds = begin(state, checkpoints, folder)
+    signals.go_on(run.rounds)
+    checkpointer = Checkpointer(checkpoints, state, config, log, stop, run, start - seconds)
 
-        def on_round(rnd: Round, record: dict[str, Any]) -> None:
-            rounds_file.write(json.dumps(record, allow_nan=False) + "\n")
-            rounds_file.flush()
-            if config.log_utilities:
-                write_candidates(rnd, folder / "utilities")
+    def on_round(rnd: Round, record: dict[str, Any]) -> None:
+        log.append(record)
+        if config.log_utilities:
+            write_candidates(rnd, folder / UTILITIES)
 
-        score = heldout_scorer(optimization, encoder, heldout, config, lead.seed)
-        run = run_rounds(
+    score = heldout_scorer(optimization, encoder, heldout, config, lead.seed)
+    with stop.deferred():
+        run_rounds(
             engine, optimization, lambda rows: encoded_rows(encoder, prepared.pool, rows), config,
-            after_round=after_round, on_round=on_round, evaluate_now=score,
+            after_round=after_round, on_round=on_round, evaluate_now=score, run=run, at_boundary=checkpointer.at_boundary,
         )  # fmt: skip
-    if encoder.cuts.prompts or encoder.cuts.answers:
-        logger.warning("%s", encoder.cuts)
+        checkpointer.finish(run)
+    log.close()
+    if run.cuts.prompts or run.cuts.answers:
+        logger.warning("%s", run.cuts)
 
-    with atomic_path(folder / "model") as temporary:
+    with atomic_path(folder / "model", durable=True) as temporary:
         save_model(optimization.bare, tokenizer, temporary)
-    write_jsonl(folder / "selected.jsonl", engine.selected())
-    summary = summarize(engine, run, prepared, time.perf_counter() - start)
+    write_jsonl(folder / "selected.jsonl", engine.selected(), durable=True)
+    summary = summarize(engine, run, prepared, checkpointer.seconds)
     summary = {"out": str(folder), "model": str(folder / "model"), **summary}
-    write_json(folder / "summary.json", summary | {
+    write_json(folder / SUMMARY_FILE, summary | {
         "evaluations": run.evaluations,
         "utility": utility_histogram(engine, first_utility),
         "arms": prepared.summary.get("arms"),
         "sources": source_shares(engine),
         "warnings": [warning for r in run.rounds for warning in r["warnings"]],
         "preparation": prepared.summary,
-    })  # fmt: skip
+    }, durable=True)  # fmt: skip
     write_run_report(folder)
     return summary
+
+
+def begin(state: TrainingState, checkpoints: Checkpoints, folder: Path) -> tuple[TrainingRun, RoundLog, float]:
+    """A run at its beginning, or at the newest good checkpoint; what the folder holds beyond it is removed.
+
+    Returns:
+        The run, its rounds.jsonl, and the seconds that it took before it was interrupted.
+    """
+    for leftovers in (folder, folder / "prepared", folder / UTILITIES, folder / AUDIT_FOLDER):
+        remove_leftovers(leftovers)
+    checkpoints.remove_leftovers()
+    if (checkpoint := checkpoints.load()) is None:
+        for name in (UTILITIES, AUDIT_FOLDER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        return TrainingRun(), RoundLog(folder / ROUNDS_FILE), 0.0
+    run = state.restore(checkpoint.state, rounds_of(checkpoint, folder / ROUNDS_FILE))
+    checkpoints.set_aside_newer(checkpoint.path)
+    for path in (p for name in (UTILITIES, AUDIT_FOLDER) for p in (folder / name).glob("*-*.parquet")):
+        if int(path.stem.rpartition("-")[2]) > len(run.rounds):
+            path.unlink()
+    inside = "" if run.open is None else f", {len(run.open.trained)} optimizer steps into the next"
+    logger.info("going on from %s: %d rounds%s", checkpoint.path, len(run.rounds), inside)
+    log = checkpoint.state["log"]
+    return run, RoundLog(folder / ROUNDS_FILE, log["bytes"]), log["seconds"]
 
 
 def heldout_scorer(
@@ -208,6 +298,8 @@ def summarize(engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds:
         "optimizer_steps": run.num_steps,
         "trained_tokens": run.trained_tokens,
         "supervised_tokens": run.supervised_tokens,
+        "cut_prompts": run.cuts.prompts,
+        "cut_answers": run.cuts.answers,
         "final_loss": run.rounds[-1]["mean_loss"] if run.rounds else None,
         "mean_reward": float(np.mean(rewards)) if rewards else None,
         "warmup_tokens": prepared.summary.get("warmup", {}).get("tokens", 0),

@@ -19,11 +19,13 @@ from lead_fast.config import LeadConfig
 from lead_fast.engine import LeadEngine
 from lead_fast.rounds import Round, RoundReport
 from lead_fast.smoothing import SmoothingMemory, smoothing_values
+from lead_fast.visits import PREDICTED
 
 logger = logging.getLogger(__name__)
 
 RoundFacts = dict[str, Any]  # of a line of rounds.jsonl: round, arms, rewards, probs, visits
 
+_KINDS = {"again": "visits of rows seen before", "first": "first visits"}
 _CHECK_EVERY = 5  # rounds
 _MIN_ROUNDS, _MIN_VISITS = 10, 60  # below, a comparison of errors says nothing
 _WORSE_BY, _SMOOTHING_WORSE_BY = 0.1, 0.25  # of the error that it is compared with: less is not worth a change
@@ -36,14 +38,19 @@ class Signals:
 
     Args:
         engine: keeps its visits from now on.
-        rounds: records of the rounds that a resumed run had before.
     """
 
-    def __init__(self, engine: LeadEngine, rounds: Sequence[RoundFacts] = ()) -> None:
+    def __init__(self, engine: LeadEngine) -> None:
         engine.record_visits = True
-        self.config, self.rounds = engine.config, list(rounds)
-        self.warned = {warning["kind"] for facts in rounds for warning in facts["warnings"]}
+        self.config = engine.config
+        self.rounds: list[RoundFacts] = []
+        self.warned: set[str] = set()
         self.memory = SmoothingMemory(smoothing_values(self.config.smoothing))
+
+    def go_on(self, rounds: Sequence[RoundFacts]) -> None:
+        """Takes over the records of the rounds that a resumed run had before; what was warned of is not said again."""
+        self.rounds = list(rounds)
+        self.warned = {warning["kind"] for facts in rounds for warning in facts["warnings"]}
 
     def after_round(self, rnd: Round, report: RoundReport) -> dict[str, Any]:
         """The round's errors at visits, and new warnings: {"visits": ..., "warnings": [...]} for its record."""
@@ -85,24 +92,31 @@ def visit_errors(visits: dict[str, np.ndarray], number: int, estimator: str, mem
         memory: gets the visits.
 
     Returns:
-        count; error and bias (predicted minus observed) of the estimator; error_unchanged and bias_unchanged, had the loss
-        when last seen been the prediction; smoothing: {b: error of the utility at that b}. Only the count where it is 0.
+        count; "again" and "first", of visits of rows seen before and of first visits: count, error and bias (predicted minus
+        observed) of the estimator, error_unchanged and bias_unchanged, had the loss when last seen been the prediction;
+        smoothing: {b: error of the utility at that b}. Where a count is 0, there is only that.
     """
     fresh = visits["seen_round"] < number if visits else np.zeros(0, bool)
     if not fresh.any():
         return {"count": 0}
-    row, before, observed = (visits[name][fresh] for name in ("row", "seen_loss", "observed"))
-    predicted = visits[f"predicted.{estimator}"][fresh]
-    error, unchanged = predicted - observed, before - observed
+    row, seen_round, before, observed, predicted = (
+        visits[name][fresh] for name in ("row", "seen_round", "seen_loss", "observed", PREDICTED + estimator)
+    )
+    predicted = np.maximum(predicted, 0.0)
     utility = memory.visit(row, before, predicted, observed)
     return {
         "count": len(row),
-        "error": float(np.abs(error).mean()),
-        "bias": float(error.mean()),
-        "error_unchanged": float(np.abs(unchanged).mean()),
-        "bias_unchanged": float(unchanged.mean()),
+        "again": _errors(predicted - observed, before - observed, seen_round > 0),
+        "first": _errors(predicted - observed, before - observed, seen_round == 0),
         "smoothing": {f"{b:g}": float(e) for b, e in zip(memory.values, utility, strict=True)},
     }
+
+
+def _errors(error: np.ndarray, unchanged: np.ndarray, which: np.ndarray) -> dict[str, Any]:
+    if not which.any():
+        return {"count": 0}
+    means = {"error": np.abs(error), "bias": error, "error_unchanged": np.abs(unchanged), "bias_unchanged": unchanged}
+    return {"count": int(which.sum())} | {name: float(values[which].mean()) for name, values in means.items()}
 
 
 # The signatures. Each takes the records of the rounds so far and returns what to say, or None.
@@ -110,56 +124,57 @@ def visit_errors(visits: dict[str, np.ndarray], number: int, estimator: str, mem
 
 def badly_calibrated(rounds: Sequence[RoundFacts], config: LeadConfig) -> dict[str, Any] | None:
     """The chosen estimator's error or bias at visits is worse than that of the loss unchanged."""
-    seen = _visited(rounds)
-    if config.estimator == "none" or not _enough(seen):
-        return None
-    count, error, bias, error0, bias0 = _columns(seen, "count", "error", "bias", "error_unchanged", "bias_unchanged")
-    level = np.average(error0, weights=count)
-    worse, t = paired(count, error - error0)
-    sign, sign0 = (math.copysign(1.0, np.average(b, weights=count)) for b in (bias, bias0))
-    more_bias, bias_t = paired(count, sign * bias - sign0 * bias0)
-    if not any(_clear(*found, level) for found in ((worse, t), (more_bias, bias_t))):
-        return None
-    value = "grad_norm" if config.estimator == "historical" else "none"
-    mean, mean_bias, mean_bias0 = (np.average(x, weights=count) for x in (error, bias, bias0))
-    text = (
-        f"{config.estimator} predicted the losses of {count.sum():,.0f} visits ({_span(seen)}) worse than the loss unchanged: "
-        f"mean absolute error {mean:.4f} against {level:.4f}, bias {mean_bias:+.4f} against {mean_bias0:+.4f} nats; "
-        f"calibration {_calibration(rounds)}"
-    )
-    return _warning(text, "estimator", value)
+    # Rows seen before fall and first visits may rise: taken together, biases would cancel out.
+    for kind, words in _KINDS.items() if config.estimator != "none" else ():
+        seen = _visited(rounds, kind)
+        if not _enough(seen):
+            continue
+        count, error, bias, error0, bias0 = _columns(seen, "count", "error", "bias", "error_unchanged", "bias_unchanged")
+        mean, mean_bias, level, bias_level = (float(np.average(x, weights=count)) for x in (error, bias, error0, bias0))
+        worse = paired(count, error - error0)
+        more_biased = paired(count, math.copysign(1.0, mean_bias) * bias - math.copysign(1.0, bias_level) * bias0)
+        if not (_clear(*worse, level) or _clear(*more_biased, level)):
+            continue
+        text = (
+            f"{config.estimator} predicted the losses of {count.sum():,.0f} {words} ({_span(seen)}) worse than the loss "
+            f"unchanged: mean absolute error {mean:.4f} against {level:.4f}, bias {mean_bias:+.4f} against {bias_level:+.4f} "
+            f"nats; calibration {_calibration(rounds)}"
+        )
+        return _warning(text, "estimator", "grad_norm" if config.estimator == "historical" else "none")
+    return None
 
 
 def unreliable_late(rounds: Sequence[RoundFacts], config: LeadConfig) -> dict[str, Any] | None:
     """The chosen estimator was no worse than the loss unchanged in the first third of the rounds, and is in the last."""
     third = len(rounds) // 3
-    early, late = _visited(rounds[:third]), _visited(rounds[len(rounds) - third :])
-    if config.estimator == "none" or not (_enough(early) and _enough(late)):
-        return None
-    (count, error, error0), (first_count, first, first0) = (
-        _columns(seen, "count", "error", "error_unchanged") for seen in (late, early)
-    )
-    level, was = np.average(error0, weights=count), np.average(first, weights=first_count)
-    was0 = np.average(first0, weights=first_count)
-    if was > was0 or not _clear(*paired(count, error - error0), level):
-        return None
-    now = np.average(error, weights=count)
-    text = (
-        f"{config.estimator} has become unreliable: mean absolute error at visits {now:.4f} against {level:.4f} nats for the "
-        f"loss unchanged in {_span(late)}, after {was:.4f} against {was0:.4f} in {_span(early)}; "
-        f"calibration {_calibration(rounds)}"
-    )
-    return _warning(text, "estimator", "none")
+    for kind, words in _KINDS.items() if config.estimator != "none" else ():
+        early, late = _visited(rounds[:third], kind), _visited(rounds[len(rounds) - third :], kind)
+        if not (_enough(early) and _enough(late)):
+            continue
+        (count, error, error0), (first_count, first, first0) = (
+            _columns(seen, "count", "error", "error_unchanged") for seen in (late, early)
+        )
+        now, level = (float(np.average(x, weights=count)) for x in (error, error0))
+        was, was0 = (float(np.average(x, weights=first_count)) for x in (first, first0))
+        if was > was0 or not _clear(*paired(count, error - error0), level):
+            continue
+        text = (
+            f"{config.estimator} has become unreliable: at {words} its mean absolute error is {now:.4f} against {level:.4f} "
+            f"nats for the loss unchanged in {_span(late)}, after {was:.4f} against {was0:.4f} in {_span(early)}; "
+            f"calibration {_calibration(rounds)}"
+        )
+        return _warning(text, "estimator", "none")
+    return None
 
 
 def smoothing_off(rounds: Sequence[RoundFacts], config: LeadConfig) -> dict[str, Any] | None:
     """The utility at a neighbouring smoothing coefficient would have predicted the losses at visits better."""
-    seen = _visited(rounds)
+    seen = [facts["visits"] | {"round": facts["round"]} for facts in rounds if facts["visits"]["count"]]
     if not _enough(seen):
         return None
     used = f"{config.smoothing:g}"
     (count,) = _columns(seen, "count")
-    errors = {b: np.array([facts["visits"]["smoothing"][b] for facts in seen]) for b in seen[0]["visits"]["smoothing"]}
+    errors = {b: np.array([visits["smoothing"][b] for visits in seen]) for b in seen[0]["smoothing"]}
     means = {b: float(np.average(error, weights=count)) for b, error in errors.items()}
     best = min(means, key=means.__getitem__)
     if not _clear(*paired(count, errors[used] - errors[best]), means[best], _SMOOTHING_WORSE_BY):
@@ -230,24 +245,26 @@ def _clear(mean: float, t: float, level: float, worse_by: float = _WORSE_BY) -> 
     return mean > worse_by * level and t > _MIN_T
 
 
-def _visited(rounds: Sequence[RoundFacts]) -> list[RoundFacts]:
-    return [facts for facts in rounds if facts["visits"]["count"]]
+def _visited(rounds: Sequence[RoundFacts], kind: str) -> list[RoundFacts]:
+    """Errors at visits of a kind, of the rounds that had any, with the round."""
+    errors = [facts["visits"].get(kind, {"count": 0}) | {"round": facts["round"]} for facts in rounds]
+    return [facts for facts in errors if facts["count"]]
 
 
 def _enough(seen: Sequence[RoundFacts]) -> bool:
-    return len(seen) >= _MIN_ROUNDS and sum(facts["visits"]["count"] for facts in seen) >= _MIN_VISITS
+    return len(seen) >= _MIN_ROUNDS and sum(facts["count"] for facts in seen) >= _MIN_VISITS
 
 
 def _columns(seen: Sequence[RoundFacts], *names: str) -> list[np.ndarray]:
-    return [np.array([facts["visits"][name] for facts in seen], np.float64) for name in names]
+    return [np.array([facts[name] for facts in seen], np.float64) for name in names]
 
 
 def _rewards(rounds: Sequence[RoundFacts]) -> dict[int, np.ndarray]:
-    """Round and reward, [n, 2], of each arm."""
+    """Rounds and rewards, [n, 2], of each arm."""
     rewards: dict[int, list[tuple[int, float]]] = {}
     for facts in rounds:
         for arm, reward in zip(facts["arms"], facts["rewards"], strict=True):
-            if reward is not None:
+            if reward:  # exactly 0 as long as the estimator knows nothing: not yet a worth
                 rewards.setdefault(arm, []).append((facts["round"], reward))
     return {arm: np.array(values) for arm, values in rewards.items()}
 

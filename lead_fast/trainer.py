@@ -21,7 +21,7 @@ from lead_fast.config import PrepareConfig, TrainConfig
 from lead_fast.engine import LeadEngine
 from lead_fast.models import PackedModel, trained_parameters
 from lead_fast.ops import SampleStats
-from lead_fast.packing import PackedBatch, Sample, balanced_fill, fill, pack, split_evenly
+from lead_fast.packing import CutCounts, PackedBatch, Sample, balanced_fill, fill, pack, split_evenly
 from lead_fast.rounds import Round, RoundReport
 
 logger = logging.getLogger(__name__)
@@ -181,15 +181,29 @@ AfterRound = Callable[[Round, RoundReport], dict[str, Any]]
 
 
 @dataclass
+class OpenRound:
+    """The position inside a round: rows used before it; learning rate and result of each of its optimizer steps so far."""
+
+    used_before: int
+    trained: list[tuple[float, StepResult]] = field(default_factory=list)
+
+
+@dataclass
 class TrainingRun:
-    """What the rounds leave behind: one dict a round (see `round_record`), totals, held-out losses over training."""
+    """What the rounds leave behind: one dict a round (see `round_record`), totals, held-out losses over training.
+
+    `open` is the round that is being trained, None between rounds; `clock` holds the seconds that no round has yet.
+    """
 
     rounds: list[dict[str, Any]] = field(default_factory=list)
     num_steps: int = 0
     trained_tokens: int = 0
     supervised_tokens: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    cuts: CutCounts = field(default_factory=CutCounts)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    clock: Seconds = field(default_factory=Seconds)
+    open: OpenRound | None = None
 
 
 def run_rounds(
@@ -201,6 +215,8 @@ def run_rounds(
     after_round: Mapping[str, AfterRound] | None = None,
     on_round: Callable[[Round, dict[str, Any]], None] | None = None,
     evaluate_now: Callable[[], dict[str, Any]] | None = None,
+    run: TrainingRun | None = None,
+    at_boundary: Callable[[TrainingRun], None] | None = None,
     desc: str = "LEAD rounds",
 ) -> TrainingRun:
     """Trains in rounds until the engine's budget (or `config.train_tokens`) is used.
@@ -213,6 +229,9 @@ def run_rounds(
         after_round: called in order once a round has ended, by the name that its seconds are booked under.
         on_round: called after each round with the choice and its record.
         evaluate_now: held-out scores now; called before, after, and every `config.eval_every` rounds.
+        run: a run to go on with, in the middle of its open round where it has one; engine and model must be at the same place.
+        at_boundary: called with the run after each optimizer step but a round's last, and after each round: engine, model and
+            run then stand at one place. What it raises ends the training there.
 
     Returns:
         The run's records.
@@ -220,7 +239,8 @@ def run_rounds(
     Raises:
         TrainingError: the loss of a whole round is not finite.
     """
-    run, clock = TrainingRun(), Seconds()
+    run = TrainingRun() if run is None else run
+    clock, run.cuts.max_length = run.clock, config.max_length
     engine.track([p for _, p in trained_parameters(optimization.bare)])
 
     def score() -> None:
@@ -229,33 +249,47 @@ def run_rounds(
                 entry = {"round": engine.num_rounds, "trained_tokens": run.trained_tokens, **evaluate_now()}
                 run.evaluations.append(entry)
 
-    score()
+    def boundary() -> None:
+        if at_boundary is not None:
+            with clock.part("checkpoint"):
+                at_boundary(run)
+
+    if not run.evaluations:
+        score()
     total = config.train_tokens if config.train_tokens is not None else engine.budget
-    with tqdm(total=total, desc=desc, unit="tok" if config.train_tokens else "row", delay=2) as bar:
-        while config.train_tokens is None or run.trained_tokens < config.train_tokens:
-            used_before = engine.num_used
-            with clock.part("select"):
-                rnd = engine.begin_round()
-            if rnd is None:
-                break
+    done = run.trained_tokens if config.train_tokens else engine.num_used if run.open is None else run.open.used_before
+    with tqdm(total=total, initial=done, desc=desc, unit="tok" if config.train_tokens else "row", delay=2) as bar:
+        while run.open is not None or config.train_tokens is None or run.trained_tokens < config.train_tokens:
+            if run.open is None:
+                used_before = engine.num_used
+                with clock.part("select"):
+                    rnd = engine.begin_round()
+                if rnd is None:
+                    break
+                run.open = OpenRound(used_before)
+            else:
+                rnd = engine.open_round
+                assert rnd is not None  # engine and run stand at one place
+            used_before, trained = run.open.used_before, run.open.trained
             with clock.part("data"):
                 rows = rnd.rows.tolist()
-                steps = step_batches(samples_of(rows), rows, config)
-            tokens_before = run.trained_tokens
-            trained: list[tuple[float, StepResult]] = []
-            for number, batches in enumerate(steps):
+                samples = samples_of(rows)
+                steps = step_batches(samples, rows, config)
+            for number in range(len(trained), len(steps)):
                 lr = learning_rate(
                     _progress(engine, run, config, used_before, number / len(steps)),
                     peak=config.peak_learning_rate, schedule=config.schedule, warmup=config.warmup_ratio,
                 )  # fmt: skip
                 with clock.part("step"):
-                    result = optimization.step(batches, lr, _timed_observe(engine, clock))
+                    result = optimization.step(steps[number], lr, _timed_observe(engine, clock))
                 with clock.part("estimate"):
                     engine.step(lr=lr, num_items=result.num_items)
                 trained.append((lr, result))
                 run.num_steps += 1
                 run.trained_tokens += result.num_tokens
                 run.supervised_tokens += result.num_items
+                if number + 1 < len(steps):
+                    boundary()
             with clock.part("estimate"):
                 report = engine.end_round()
             notes: dict[str, Any] = {}
@@ -269,7 +303,10 @@ def run_rounds(
             for arm, reward in zip(report.arms, report.rewards, strict=True):
                 if not math.isfinite(reward):
                     logger.warning("round %d: no row of arm %d was observed; its reward is not counted", rnd.number, arm)
+            run.open = None
             run.rounds.append(record)
+            for sample in samples:
+                run.cuts.add(sample)
             for name, value in parts.items():
                 run.seconds[name] += value
             if on_round is not None:
@@ -279,10 +316,11 @@ def run_rounds(
                     f"round {rnd.number}: the loss is not finite ({report.num_quarantined} of {len(rnd)} rows); "
                     "lower --learning-rate, or look at the quarantined rows in rounds.jsonl"
                 )
-            bar.update(run.trained_tokens - tokens_before if config.train_tokens else engine.num_used - used_before)
+            bar.update(record["tokens"] if config.train_tokens else engine.num_used - used_before)
             bar.set_postfix_str(f"round {rnd.number}, arm {rnd.arm}, loss {record['mean_loss']:.3f}", refresh=False)
             if config.eval_every and rnd.number % config.eval_every == 0:
                 score()
+            boundary()
     if run.rounds and run.evaluations and run.evaluations[-1]["round"] != engine.num_rounds:
         score()
     return run
@@ -366,5 +404,5 @@ def write_candidates(rnd: Round, folder: Path) -> None:
         })
         for arm, c in zip(rnd.arms, rnd.candidates, strict=True)
     ]  # fmt: skip
-    with atomic_path(folder / f"round-{rnd.number:05d}.parquet") as temporary:
+    with atomic_path(folder / f"round-{rnd.number:05d}.parquet", durable=True) as temporary:
         pq.write_table(pa.concat_tables(tables), temporary)

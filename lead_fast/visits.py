@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lead_fast.reference_state import LOSS, ROUND
-from lead_fast.utility import Clocks, LossChangeEstimator, UtilityTable, utility
+from lead_fast.utility import Clocks, LossChangeEstimator, UtilityTable
 
-#: columns of an estimator's predicted losses are named by this prefix and the estimator
+#: columns of an estimator's predicted losses are named by this prefix and the estimator. They are not cut at 0, as Lhat is:
+#: an estimator that foresees too large a fall is to be told by how much.
 PREDICTED = "predicted."
 
 Visits = dict[str, Tensor]
@@ -32,10 +33,10 @@ def make_visit(
         "arm": table.arm[at],
         "seen_round": table.seen[ROUND, at],
         "seen_loss": table.values[LOSS, at],
-        "observed": loss,
+        "observed": loss.clone(),  # the caller may fill its buffer again
     }
     for name, estimator in estimators.items():
-        visit[PREDICTED + name] = utility(table, clocks, estimator, known, smoothing=0.0)[1]
+        visit[PREDICTED + name] = visit["seen_loss"] - estimator.drop(table, clocks, at)
     return visit
 
 

@@ -1,9 +1,13 @@
-"""What every test shares: a fixed seed, and a reason where a CUDA device is missing."""
+"""What tests share: a fixed seed, a reason where a CUDA device is missing, runs in processes that may be killed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from forked_runs import Runs
+from same_run import References
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,3 +21,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    folder = tmp_path_factory.mktemp("runs")
+    runs = Runs(folder / "logs", LEAD_FAST_CACHE=str(folder / "cache"))
+    yield runs
+    runs.close()
+
+
+@pytest.fixture(scope="session")
+def reference(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> References:
+    return References(runs, tmp_path_factory.mktemp("reference"))

@@ -70,6 +70,14 @@ def test_a_change_common_to_a_round_ranks_nothing_within_it():
     assert errors["spearman_change"] > 0.8 and errors["spearman_change_within"] == 0.0
 
 
+def test_a_fall_below_zero_is_a_loss_of_zero_and_a_change_of_its_own_size():
+    """Cut at 0, the change would be minus the loss last seen, which no estimator foresaw."""
+    before, change = np.array([1.0, 2.0, 3.0, 4.0]), np.array([-9.0, -8.0, -7.0, -6.0])
+    errors = prediction_errors(records(before + change, before + change / 10.0, before), "e")
+    assert errors["spearman_change"] == pytest.approx(1.0) and errors["spearman_level"] == 0.0
+    assert errors["mae"] == pytest.approx(np.abs(before + change / 10.0).mean())
+
+
 def test_slices_are_stages_and_arms():
     r = records(np.zeros(9), np.zeros(9), np.zeros(9), rounds=range(1, 10), arm=[0, 0, 4] * 3)
     found = {name: np.flatnonzero(mask).tolist() for name, mask in slices(r, 9)}
@@ -104,18 +112,17 @@ def test_random_rows_are_drawn_by_round_and_seed_alone(tmp_path):
     engine, script, auditor = make(tmp_path, lambda rows: (torch.zeros(len(rows)), 1))
     for number in range(1, 11):
         play(engine, script, auditor, number)
-    rows, before = audit_rows(engine, 10, 20)
-    chosen = {row: number for number, rows_of_round, _ in engine.history for row in rows_of_round.tolist()}
-    assert before.tolist() == [chosen.get(row, 0) for row in rows.tolist()]
-    assert (before > 0).sum() == (before == 0).sum() == 10
+    rows = audit_rows(engine, 10, 20)
+    trained = {row for _, rows_of_round, _ in engine.history for row in rows_of_round.tolist()}
+    assert sum(row in trained for row in rows.tolist()) == 10 == len(rows) - 10
     assert rows.tolist() == sorted(set(rows.tolist())) and not np.asarray(engine.pool.aside)[rows].any()
-    drawn = [set(audit_rows(engine, number, 20)[0].tolist()) for number in range(10, 60)]
+    drawn = [set(audit_rows(engine, number, 20).tolist()) for number in range(10, 60)]
     assert len(set().union(*drawn)) == len(engine.groups.choosable_rows())  # every row has its turn
     state = engine.state_dict()
     again, *_ = make(tmp_path, lambda rows: (torch.zeros(len(rows)), 1))
     again.load_state_dict(state)
-    assert torch.equal(audit_rows(again, 10, 20)[0], rows)
-    assert len(audit_rows(engine, 1, 1000)[0]) == len(engine.groups.choosable_rows())  # a half that is short is taken whole
+    assert torch.equal(audit_rows(again, 10, 20), rows)
+    assert len(audit_rows(engine, 1, 1000)) == len(engine.groups.choosable_rows())  # a half that is short is taken whole
 
 
 def test_predictions_are_written_as_they_were_when_the_rows_were_scored(tmp_path):
@@ -131,17 +138,21 @@ def test_predictions_are_written_as_they_were_when_the_rows_were_scored(tmp_path
     assert sorted(expected) == [3, 6, 9, 12]
     assert [bool(n) for n in notes] == [number % 3 == 0 for number in range(1, 13)]
     assert notes[11] == {"audit": {"rows": 20, "tokens": 100}}
-    found = read_records(tmp_path, "rescored")
+    found, visits = read_records(tmp_path, "rescored"), read_records(tmp_path, "visits")
     assert list(found.predicted) == ESTIMATORS
+    assert np.unique(visits["round"]).tolist() == list(range(1, 13))
     for number, (rows, now) in expected.items():
         at = found.where(found["round"] == number)
         assert at["row"].tolist() == rows and at["arm"].tolist() == np.asarray(engine.pool.arm)[rows].tolist()
         assert at["observed"] == pytest.approx(np.array(rows) / 7.0)
-        assert at["seen_loss"].tolist() == now["none"]
+        before = visits.where(visits["round"] <= number)
+        seen = dict(
+            zip(before["row"].tolist(), zip(before["round"].tolist(), before["observed"].tolist(), strict=True), strict=True)
+        )
+        first = np.asarray(engine.pool.utility, float)
+        assert list(zip(at["seen_round"], at["seen_loss"], strict=True)) == [seen.get(row, (0, first[row])) for row in rows]
         for name in ESTIMATORS:
-            assert at.predicted[name].tolist() == now[name]
-    visits = read_records(tmp_path, "visits")
-    assert np.unique(visits["round"]).tolist() == list(range(1, 13))
+            assert np.maximum(at.predicted[name], 0.0) == pytest.approx(now[name])
 
 
 def test_a_loss_that_is_not_finite_is_no_truth(tmp_path):

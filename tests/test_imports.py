@@ -25,6 +25,7 @@ INNER = {
     "selection.py": {"reference_state"},
     "utility.py": {"state", "reference_state", "selection"},
     "estimators.py": {"utility", "reference_state"},
+    "first_order.py": {"rng"},
     "visits.py": {"utility", "reference_state"},
     "rounds.py": {"utility", "selection", "visits"},
     "pool.py": {"files", "rows", "rowfile"},

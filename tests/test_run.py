@@ -59,6 +59,7 @@ def run(pool, heldout, tmp_path_factory):
 def test_the_run_folder_holds_what_a_run_is(run):
     assert {p.name for p in run.iterdir()} == {
         "config.yaml", "rounds.jsonl", "selected.jsonl", "summary.json", "report.html", "model", "prepared", "utilities",
+        "checkpoints",
     }  # fmt: skip
     rounds, selected = read_jsonl(run / "rounds.jsonl"), read_jsonl(run / "selected.jsonl")
     summary = json.loads((run / "summary.json").read_text())

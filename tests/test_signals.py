@@ -10,18 +10,19 @@ import pytest
 import torch
 
 import lead_fast as lf
-from lead_fast.signals import CHECKS, Signals, paired, visit_errors
+from lead_fast.signals import CHECKS, Signals, badly_calibrated, paired, visit_errors
 from lead_fast.smoothing import SmoothingMemory
 
 NUM_ARMS = 5
 
 
-def train(num_rounds, seed=0, *, quality=lambda share: 0.8, worth=lambda arm, share: 0.02 * arm, bias=0.0, fall=0.1,
+def train(num_rounds, seed=0, *, silent=0, quality=lambda share: 0.8, worth=lambda arm, share: 0.02 * arm, bias=0.0, fall=0.1,
           visits=8, noise=0.1, rows=400, signals=None, **config):  # fmt: skip
     """Made-up training that `Signals` watches; `share` is the share of the rounds that are over.
 
     Each visit's loss has fallen by about `fall` since the last, of which the estimator foresees the share `quality` (plus
-    `bias`); each arm's reward is its `worth`, both fading as training goes on.
+    `bias`); each arm's reward is its `worth`, both fading as training goes on. Rewards are 0 for the first `silent` rounds,
+    as they are until an estimator is calibrated.
     """
     g = np.random.default_rng(seed)
     engine = SimpleNamespace(config=lf.LeadConfig(**config).resolve(), record_visits=False)
@@ -40,7 +41,7 @@ def train(num_rounds, seed=0, *, quality=lambda share: 0.8, worth=lambda arm, sh
         }  # fmt: skip
         loss[chosen], last[chosen] = observed, number
         arm = int(g.integers(NUM_ARMS))
-        reward = fade * (0.1 + worth(arm, share) + 0.02 * g.normal())
+        reward = fade * (0.1 + worth(arm, share) + 0.02 * g.normal()) * (number > silent)
         report = SimpleNamespace(visits={k: torch.from_numpy(v) for k, v in columns.items()}, arms=[arm], rewards=[reward],
                                  probs=torch.full((NUM_ARMS,), 1.0 / NUM_ARMS, dtype=torch.float64),
                                  calibration={"estimator": signals.config.estimator, "c": 0.25})  # fmt: skip
@@ -96,6 +97,24 @@ def test_too_few_data_say_nothing(name):
     assert train(40, visits=1, **PLANTED[name][0])[0] == []
 
 
+def test_a_bias_that_hides_behind_the_noise_is_seen():
+    g = np.random.default_rng(0)
+
+    def facts(number, bias):
+        noise = 0.05 * g.normal()
+        again = {"count": 20, "error": 0.41, "error_unchanged": 0.40, "bias": bias + noise, "bias_unchanged": noise}
+        return {"round": number, "visits": {"count": 20, "again": again}, "calibration": {}}
+
+    config = lf.LeadConfig().resolve()
+    found = badly_calibrated([facts(number, 0.12) for number in range(1, 31)], config)
+    assert found is not None and "bias +0.1" in found["text"]
+    assert badly_calibrated([facts(number, 0.02) for number in range(1, 31)], config) is None
+
+
+def test_rewards_say_nothing_before_the_estimator_is_calibrated():
+    assert [kinds(train(150, seed, silent=40)[0]) for seed in range(40)] == [[]] * 40
+
+
 def test_a_uniform_bandit_does_not_care_for_worth():
     options = PLANTED["an arm that loses its worth"][0]
     assert train(200, bandit="uniform", **options)[0] == []
@@ -111,7 +130,8 @@ def test_a_resumed_run_goes_on_where_it_stopped():
     _, whole, notes = train(60, smoothing=0.6)
     records = [facts | {"warnings": note["warnings"]} for facts, note in zip(whole.rounds, notes, strict=True)]
     engine = SimpleNamespace(config=whole.config, record_visits=False)
-    again = Signals(engine, records)
+    again = Signals(engine)
+    again.go_on(records)
     again.load_state_dict(whole.state_dict())
     assert again.warned == whole.warned == {"smoothing"} and engine.record_visits
     more = {"smoothing": 0.6, "seed": 7}
@@ -146,7 +166,10 @@ def test_smoothing_is_replayed_as_the_engine_smooths():
         errors = visit_errors(visits, rnd.number, "none", memory)
         assert errors["count"] == len(expected)
         assert errors["smoothing"]["0.3"] == pytest.approx(np.mean(expected), rel=1e-5)
-        assert errors["error_unchanged"] == errors["error"] == pytest.approx(errors["smoothing"]["0"], rel=1e-5)
+        kinds_of = [errors[kind] for kind in ("again", "first") if errors[kind]["count"]]
+        assert all(kind["error"] == kind["error_unchanged"] for kind in kinds_of)
+        mean = sum(kind["count"] * kind["error"] for kind in kinds_of) / errors["count"]
+        assert mean == pytest.approx(errors["smoothing"]["0"], rel=1e-5)
     assert revisits > 50
 
 
@@ -154,7 +177,8 @@ def test_a_row_twice_in_a_round_counts_once():
     visits = {"row": np.array([4, 4, 9]), "seen_round": np.array([1, 7, 0]), "seen_loss": np.array([2.0, 1.0, 3.0]),
               "observed": np.array([1.0, 0.9, 2.0]), "predicted.none": np.array([2.0, 1.0, 3.0])}  # fmt: skip
     found = visit_errors(visits, 7, "none", SmoothingMemory([0.1]))
-    assert (found["count"], found["error"], found["bias"]) == (2, 1.0, 1.0)
+    one = {"count": 1, "error": 1.0, "bias": 1.0, "error_unchanged": 1.0, "bias_unchanged": 1.0}
+    assert found == {"count": 2, "again": one, "first": one, "smoothing": {"0.1": 1.0}}
     assert visit_errors({}, 7, "none", SmoothingMemory([0.1])) == {"count": 0}
 
 

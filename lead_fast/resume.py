@@ -1,0 +1,230 @@
+"""When a run is saved, from where it goes on, and what a run that stops says."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import logging
+import os
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from lead_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from lead_fast.config import LeadConfig, TrainConfig, read_yaml, to_yaml
+from lead_fast.interrupts import Interrupted, StopSignals
+from lead_fast.trainer import TrainingError, TrainingRun
+from lead_fast.training_state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS, ROUNDS_FILE, CONFIG_FILE = "checkpoints", "rounds.jsonl", "config.yaml"
+
+# Options that change where a run writes and what it logs, not what it chooses and learns.
+FREE_OPTIONS = frozenset({
+    "out", "resume", "checkpoint_rounds", "checkpoint_minutes", "eval_every", "log_utilities", "on_bad_row",
+    "trust_remote_code",
+})  # fmt: skip
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps the run folder for this process: two runs in one folder would overwrite each other.
+
+    The lock ends with the process, however it ends. The folder is made where it is missing, and removed when it stays empty.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"out: another process is running in {folder}") from None
+    except OSError as error:  # some network file systems lock no folders
+        logger.warning("%s cannot be locked (%s): start no second run in it", folder, error.strerror)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def check_options(folder: Path, config: TrainConfig, lead: LeadConfig) -> None:
+    """Refuses options that differ from those the run began with, where the result would not be that run's.
+
+    Raises:
+        ValueError: they are named, each with both values.
+    """
+    began, now = read_yaml(folder / CONFIG_FILE), yaml.safe_load(to_yaml(config, lead.resolve()))
+    defaults = {f.name: f.default for c in (config, lead) for f in dataclasses.fields(c)}
+    changed = [
+        f"{name} (began with {began.get(name, defaults[name])!r}, got {value!r})"
+        for name, value in now.items()
+        if name not in FREE_OPTIONS and began.get(name, defaults[name]) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"resume: {', '.join(changed)}: a run goes on with the options it began with; leave them out, or start a new run"
+        )
+
+
+class RoundLog:
+    """rounds.jsonl: a line a round, cut back to what a checkpoint knows of.
+
+    Args:
+        path: of the file.
+        size: its bytes that count; what follows is cut off.
+    """
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        # Unbuffered: a line that met a full disk must not be written again when the file is closed.
+        self._file = path.open("ab", buffering=0)
+        self._file.truncate(size)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a line, and hands it to the operating system."""
+        line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+        while line:
+            line = line[self._file.write(line) :]
+
+    def sync(self) -> int:
+        """Waits until the lines are on the disk; returns the bytes of the file."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Checkpointer:
+    """Writes checkpoints of a run: when they are due, and when it is told to stop.
+
+    Args:
+        checkpoints: where.
+        state: of what.
+        config: `checkpoint_rounds` and `checkpoint_minutes`.
+        log: rounds.jsonl, whose length is part of a checkpoint.
+        stop: asked at every boundary.
+        run: at its beginning, or as a checkpoint left it.
+        start: `time.monotonic()` at which it would have begun, had it not been interrupted.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, state: TrainingState, config: TrainConfig, log: RoundLog, stop: StopSignals,
+        run: TrainingRun, start: float,
+    ) -> None:  # fmt: skip
+        self.checkpoints, self.state, self.config, self.log, self.stop = checkpoints, state, config, log, stop
+        self._steps, self._rounds = run.num_steps, len(run.rounds)
+        self._start, self._last = start, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run took, all its parts together."""
+        return time.monotonic() - self._start
+
+    def at_boundary(self, run: TrainingRun) -> None:
+        """Writes a checkpoint where one is due or a stop was asked for.
+
+        Raises:
+            Interrupted: a stop was asked for, and the checkpoint is written.
+        """
+        rounds, minutes = self.config.checkpoint_rounds, self.config.checkpoint_minutes
+        due = minutes > 0.0 and time.monotonic() - self._last >= 60.0 * minutes
+        due |= rounds > 0 and run.open is None and len(run.rounds) - self._rounds >= rounds
+        if due or self.stop.requested is not None:
+            self.write(run)
+        if self.stop.requested is not None:
+            raise Interrupted(self.stop.requested, last_checkpoint(self.checkpoints))
+
+    def finish(self, run: TrainingRun) -> None:
+        """Keeps the state after the last round, so that nothing is lost while the results are written."""
+        if self.config.checkpoint_minutes > 0.0 or self.config.checkpoint_rounds > 0 or self.stop.requested is not None:
+            self.write(run)
+        if self.stop.requested is not None:
+            raise Interrupted(self.stop.requested, last_checkpoint(self.checkpoints))
+
+    def write(self, run: TrainingRun) -> None:
+        """Writes a checkpoint now, unless there is one of this very place."""
+        if run.num_steps > self._steps:
+            begin = time.monotonic()
+            log = {"bytes": self.log.sync(), "seconds": self.seconds}
+            path = self.checkpoints.write(run.num_steps, self.state.capture(run) | {"log": log})
+            self._steps, self._rounds = run.num_steps, len(run.rounds)
+            logger.debug("checkpoint %s: %.2f s", path, time.monotonic() - begin)
+        self._last = time.monotonic()
+
+
+def rounds_of(checkpoint: Checkpoint, path: Path) -> list[dict[str, Any]]:
+    """The rounds that belong to a checkpoint; the file at `path` must begin with them.
+
+    Raises:
+        CheckpointError: it is shorter, or holds another number of rounds.
+    """
+    size, count = checkpoint.state["log"]["bytes"], checkpoint.state["run"]["num_rounds"]
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
+        raise CheckpointError(f"{path}: {checkpoint.path.name} needs its first {size} bytes, got {found}")
+    with path.open("rb") as file:
+        rounds = [json.loads(line) for line in file.read(size).splitlines()]
+    if len(rounds) != count:
+        raise CheckpointError(f"{path}: {checkpoint.path.name} needs {count} rounds, got {len(rounds)}")
+    return rounds
+
+
+def last_checkpoint(checkpoints: Checkpoints) -> str:
+    """What a run that stops says about going on."""
+    command = f"lead-fast train --resume --out {shlex.quote(str(checkpoints.folder.parent))}"
+    paths = checkpoints.paths()
+    if not paths:
+        return f"no checkpoint was written yet; begin the rounds again with: {command}"
+    return f"the last checkpoint is {paths[-1].name}; go on with: {command}"
+
+
+@contextmanager
+def failures_explained(checkpoints: Checkpoints) -> Iterator[None]:
+    """Says of an error that ends training what happened, what is left, and how to go on.
+
+    Raises:
+        TrainingError: in place of a full disk, a folder that cannot be written, memory that ran out, a loss or a weight that is
+            not finite.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise  # says itself what is left
+    except TrainingError as error:
+        if not checkpoints.paths():
+            raise
+        raise TrainingError(f"{error}; {last_checkpoint(checkpoints)}") from error
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        if (reason := _reason(error)) is None:
+            raise
+        raise TrainingError(f"{reason}; {last_checkpoint(checkpoints)}") from error
+
+
+def _reason(error: Exception) -> str | None:
+    """What to do about a disk or a memory that is full, or a folder that cannot be written; None for other errors."""
+    code, text = getattr(error, "errno", None), str(error).partition("\n")[0]
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text:
+        return f"the disk is full ({text}): free some space"
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return f"the folder cannot be written ({text})"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+        return (
+            f"memory ran out ({text or 'MemoryError'}): free some, or start a new run with a smaller --step-tokens or a larger "
+            "--accumulation"
+        )
+    return None

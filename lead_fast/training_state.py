@@ -1,0 +1,267 @@
+"""What a checkpoint holds of a training run, taken out of it and put back: weights, optimizer, scaler, engine, random numbers.
+
+Everything is by name, so that it does not depend on how many processes hold the parameters or in what order. Frozen weights
+are not copied: they are identified, and must be there again. The learning rate is a function of progress (tokens trained,
+rows used), which the counters of the run carry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lead_fast.checkpoint import State, tensor_bytes
+from lead_fast.models import trained_parameters
+from lead_fast.packing import CutCounts
+from lead_fast.pool import ARRAYS, Pool
+from lead_fast.trainer import OpenRound, Optimization, StepResult, TrainingError, TrainingRun
+
+if TYPE_CHECKING:
+    from lead_fast.engine import LeadEngine
+    from lead_fast.signals import Signals
+
+logger = logging.getLogger(__name__)
+
+# Elements of each frozen weight that identify it: any other model, revision or precision differs in some of them.
+_SAMPLED = 4096
+
+
+class TrainingState:
+    """Engine, model and optimizer of a run, as a checkpoint sees them.
+
+    Args:
+        engine: of the run.
+        optimization: of the run.
+        signals: of the run.
+        heldout: the pool that scores the run, or None.
+    """
+
+    def __init__(self, engine: LeadEngine, optimization: Optimization, signals: Signals, heldout: Pool | None = None) -> None:
+        self.engine, self.optimization, self.signals = engine, optimization, signals
+        self.identity = {
+            "pool": _pool_digest(engine.pool),
+            "held-out rows": None if heldout is None else heldout.fingerprint,
+            "frozen weights": frozen_digest(optimization.bare),
+        }
+
+    def capture(self, run: TrainingRun) -> State:
+        """The state at a boundary of optimizer steps; tensors are the live ones, on their own devices.
+
+        Raises:
+            TrainingError: a trained weight is not finite; going on from it would lead nowhere.
+        """
+        return {
+            "weights": _weights(self.optimization.bare),
+            "optimizer": _optimizer(self.optimization),
+            "engine": self.engine.state_dict(),
+            "signals": self.signals.state_dict(),
+            "random": random_state(),
+            "run": _run(run),
+            "identity": self.identity,
+            "environment": environment(self.optimization),
+        }
+
+    def restore(self, state: State, rounds: list[dict[str, Any]]) -> TrainingRun:
+        """Puts a captured state back; engine, model and optimizer are new, made as they were made for it.
+
+        Args:
+            state: of a checkpoint.
+            rounds: lines of rounds.jsonl that belong to it.
+
+        Returns:
+            The run, for `run_rounds` to go on with.
+
+        Raises:
+            ValueError: another pool, other held-out rows, frozen weights, parameters or arrays.
+        """
+        for what, got in self.identity.items():
+            if got != state["identity"][what]:
+                raise ValueError(
+                    f"resume: the {what} must be those the run began with: expected {state['identity'][what]}, got {got}"
+                )
+        now = environment(self.optimization)
+        if different := {name: (was, now[name]) for name, was in state["environment"].items() if now[name] != was}:
+            changes = ", ".join(f"{name} {was} -> {is_now}" for name, (was, is_now) in different.items())
+            logger.warning("resume: the last bits may differ from those of a run that was not interrupted (%s)", changes)
+        _restore_weights(self.optimization.bare, state["weights"])
+        _restore_optimizer(self.optimization, state["optimizer"])
+        self.engine.load_state_dict(state["engine"])
+        self.signals.load_state_dict(state["signals"])
+        restore_random_state(state["random"])
+        return _restore_run(state["run"], rounds)
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """SHA-256 of names, dtypes, shapes and evenly spaced elements of the weights that are not trained."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            flat = weight.detach().reshape(-1)
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(tensor_bytes(flat[:: max(1, len(flat) // _SAMPLED)]))
+    return digest.hexdigest()
+
+
+def _pool_digest(pool: Pool) -> str:
+    digest = hashlib.sha256(pool.fingerprint.encode())
+    for name in ARRAYS:
+        if (array := getattr(pool, name)) is not None:
+            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def environment(optimization: Optimization) -> dict[str, Any]:
+    """What results depend on to the last bit beside options and data."""
+    device = optimization.device
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "precision": str(optimization.accelerator.mixed_precision),
+    }
+
+
+# Weights and optimizer
+
+
+def _weights(model: nn.Module) -> State:
+    parameters = dict(trained_parameters(model))
+    finite = torch.stack([torch.isfinite(p.detach()).all() for p in parameters.values()])
+    if not bool(finite.all()):
+        name = list(parameters)[int(finite.int().argmin())]
+        raise TrainingError(f"checkpoint: {name} holds NaN or infinity, so none was written; lower --learning-rate")
+    return parameters
+
+
+@torch.no_grad()
+def _restore_weights(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    parameters = dict(trained_parameters(model))
+    if parameters.keys() != saved.keys():
+        different = sorted(parameters.keys() ^ saved.keys())
+        raise ValueError(f"checkpoint: expected the same trained weights, got {len(different)} others, as {different[0]}")
+    for name, parameter in parameters.items():
+        value = saved[name]
+        if value.shape != parameter.shape or value.dtype != parameter.dtype:
+            raise ValueError(f"checkpoint: {name} must be {parameter.dtype} {list(parameter.shape)}, "
+                             f"got {value.dtype} {list(value.shape)}")  # fmt: skip
+        parameter.copy_(value)
+
+
+def _optimizer(optimization: Optimization) -> State:
+    names = {id(p): name for name, p in trained_parameters(optimization.bare)}
+    state = {names[id(p)]: dict(entry) for p, entry in optimization.optimizer.state.items()}
+    groups = [group | {"params": [names[id(p)] for p in group["params"]]} for group in optimization.optimizer.param_groups]
+    scaler = optimization.accelerator.scaler
+    return {"state": state, "groups": groups, "scaler": None if scaler is None else scaler.state_dict()}
+
+
+def _restore_optimizer(optimization: Optimization, saved: State) -> None:
+    parameters = dict(trained_parameters(optimization.bare))
+    optimizer, state = optimization.optimizer, {}
+    order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    for name, entry in saved["state"].items():
+        # Cloned: the saved tensors are views of the file.
+        state[order[id(parameters[name])]] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
+    groups = [
+        # JSON has no tuples.
+        {k: tuple(v) if isinstance(live.get(k), tuple) else v for k, v in group.items()}
+        | {"params": [order[id(parameters[name])] for name in group["params"]]}
+        for group, live in zip(saved["groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    scaler = optimization.accelerator.scaler
+    if (scaler is None) != (saved["scaler"] is None):
+        raise ValueError(f"checkpoint: expected a gradient scaler: {saved['scaler'] is not None}, got {scaler is not None}")
+    if scaler is not None:
+        scaler.load_state_dict(saved["scaler"])
+
+
+# Random numbers
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds the global generators of Python, NumPy (with the lower 32 bits) and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> State:
+    """The global generators of Python, NumPy and torch (CPU and every CUDA device): byte tensors, and what is no byte."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": {"version": version, "words": _bytes(np.array(words, np.uint32)), "gauss": gauss},
+        "numpy": {"kind": str(kind), "keys": _bytes(np.asarray(keys, np.uint32)), "position": int(position),
+                  "has_gauss": int(has_gauss), "cached": float(cached)},
+        "torch": torch.get_rng_state(),
+        "cuda": {str(device): value for device, value in enumerate(cuda)},
+    }  # fmt: skip
+
+
+def restore_random_state(saved: State) -> None:
+    """Puts `random_state()` back; CUDA devices that are not here any more are passed over."""
+    python, numpy = saved["python"], saved["numpy"]
+    random.setstate((python["version"], tuple(_words(python["words"])), python["gauss"]))
+    keys = np.array(_words(numpy["keys"]), np.uint32)
+    np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+    torch.set_rng_state(saved["torch"].clone())
+    for device in range(min(torch.cuda.device_count(), len(saved["cuda"]))):
+        torch.cuda.set_rng_state(saved["cuda"][str(device)].clone(), device)
+
+
+def _bytes(words: np.ndarray) -> Tensor:
+    return torch.from_numpy(words.view(np.uint8).copy())
+
+
+def _words(saved: Tensor) -> list[int]:
+    return saved.numpy().view(np.uint32).tolist()
+
+
+# Counters and position
+
+
+def _run(run: TrainingRun) -> State:
+    steps = None
+    if run.open is not None:
+        steps = {
+            "used_before": run.open.used_before,
+            "trained": [[lr, float(r.loss), r.num_items, r.num_tokens] for lr, r in run.open.trained],
+        }
+    return {
+        "num_rounds": len(run.rounds),
+        "num_steps": run.num_steps,
+        "trained_tokens": run.trained_tokens,
+        "supervised_tokens": run.supervised_tokens,
+        "evaluations": run.evaluations,
+        "cuts": dataclasses.asdict(run.cuts),
+        "seconds": dict(run.seconds),
+        "open_seconds": dict(run.clock.parts),
+        "open": steps,
+    }
+
+
+def _restore_run(saved: State, rounds: list[dict[str, Any]]) -> TrainingRun:
+    run = TrainingRun(
+        rounds=rounds,
+        num_steps=saved["num_steps"],
+        trained_tokens=saved["trained_tokens"],
+        supervised_tokens=saved["supervised_tokens"],
+        evaluations=saved["evaluations"],
+        cuts=CutCounts(**saved["cuts"]),
+    )
+    run.seconds.update(saved["seconds"])
+    run.clock.parts.update(saved["open_seconds"])
+    if saved["open"] is not None:
+        trained = [(lr, StepResult(torch.tensor(loss), items, tokens)) for lr, loss, items, tokens in saved["open"]["trained"]]
+        run.open = OpenRound(saved["open"]["used_before"], trained)
+    return run
