@@ -36,9 +36,11 @@ TORCH_MINIMUM = (2, 10)
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: one binary for it and everything later
 DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0+PTX")
 CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{CSRC}")
+# Row kernels may fuse a product and a sum; everything else rounds each, as its PyTorch twin does on every machine.
+UNFUSED = "-ffp-contract=off"
 NVCC_FLAGS = (
     *("-O3", "-std=c++17", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"),
-    f"-I{CSRC}",
+    *("-fmad=false", f"-I{CSRC}"),
 )
 PIP = f"{sys.executable} -m pip install"
 INSTALL_COMMAND = f"{PIP} torch pybind11 setuptools wheel && {PIP} --no-build-isolation ."
@@ -77,7 +79,7 @@ class Library:
     @property
     def folder(self) -> Path:
         """Objects live under the hash of what made them, so that a new flag, compiler or torch starts afresh."""
-        identity = "\0".join([*self.compile, *self.link, *self.link_flags, self.toolchain])
+        identity = "\0".join([*self.compile, UNFUSED, *self.link, *self.link_flags, self.toolchain])
         return BUILD / f"{self.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
     @property
@@ -254,7 +256,8 @@ def compile_source(library: Library, source: Path) -> Path:
         return target
     say(f"compiling {source.relative_to(ROOT)}")
     target.unlink(missing_ok=True)
-    run([*library.compile, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(target)])
+    rounding = [UNFUSED] if source.suffix == ".cpp" and not source.name.startswith("row_kernels") else []
+    run([*library.compile, *rounding, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(target)])
     return target
 
 

@@ -102,7 +102,7 @@ class Bandit:
     """
 
     def __init__(
-        self, num_arms: int, variant: str = "exp3", gamma: float = 0.1, share: float = 0.01, device: torch.device | None = None
+        self, num_arms: int, variant: str = "exp3", gamma: float = 0.1, share: float = 0.001, device: torch.device | None = None
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"Bandit: `variant` must be one of {', '.join(VARIANTS)}, got {variant!r}")

@@ -70,10 +70,12 @@ class LeadConfig:
     min_rounds: int | None = option(None, "rounds a run has at least: caps the rows of a round (0: no cap)")
     arms_per_round: int = option(1, "arms drawn without replacement and mixed in one round")
     max_uses: int = option(4, "rounds that a row may be chosen in (1 to 255)")
-    estimator: str = option("grad_norm", "loss-change estimator: none, historical, grad_norm, or a registered name")
+    estimator: str = option(
+        "grad_norm", "loss-change estimator: none, historical, grad_norm, first_order (experimental), or a registered name"
+    )
     adam_beta1: float = option(0.9, "beta1 of the optimizer, used by grad_norm (0 for plain SGD)")
     bandit: str = option("exp3", "bandit over arms", choices=("exp3", "exp3_ix", "exp3s", "uniform", "greedy"))
-    share: float = option(0.01, "weight that exp3s shares among arms each round, in [0, 1)")
+    share: float = option(0.001, "weight that exp3s shares among arms each round, in [0, 1); well below gamma / (3 K)")
     reward: str | None = option(None, "'idu': fall of utility; 'drop': fall of loss", choices=("idu", "drop"))
     choose: str | None = option(None, "choice within a task", choices=("topk", "softmax", "random"))
     temperature: float = option(1.0, "temperature of choose='softmax', in nats of utility")

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-import lead_fast.estimators  # noqa: F401  registers the estimators by name
+import lead_fast.estimators
+import lead_fast.first_order  # noqa: F401  both register estimators by name
 from lead_fast.bandit import Bandit
 from lead_fast.config import LeadConfig
 from lead_fast.device import copy_to_host, to_device

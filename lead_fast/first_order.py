@@ -44,7 +44,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lead_fast.reference_state import last_occurrence
 from lead_fast.rng import philox_uniform
+from lead_fast.utility import Clocks, LossChangeEstimator, UtilityTable, register_estimator
 
 # The stream of the signs of P and Q; the engine's own streams are small numbers.
 STREAM_SIGNS = 64
@@ -202,6 +204,22 @@ class FirstOrderRound:
         """After an optimizer step: what is added next was seen at the new weights."""
         self._stepped = True
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts of tensors."""
+        return {
+            str(step): {"snapshot": seen, **{f"{kind}.{i}": part[j] for i, part in enumerate(parts)
+                                             for j, kind in enumerate(("rows", "sketches"))}}
+            for step, (seen, parts) in enumerate(self._seen)
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`, taken between optimizer steps."""
+        self._seen, self._stepped = [], True
+        for step in sorted(state, key=int):
+            entry = state[step]
+            parts = [(entry[f"rows.{i}"], entry[f"sketches.{i}"]) for i in range(len(entry) // 2)]
+            self._seen.append((entry["snapshot"], parts))
+
     def loss_changes(self) -> tuple[Tensor, Tensor]:
         """Rows in the order they were added, int64 [R], and dL of each to the weights as they are now, fp32 [R]."""
         now, rows, changes = self.sketch.snapshot(), [], []
@@ -213,6 +231,74 @@ class FirstOrderRound:
         if not rows:
             return torch.empty(0, dtype=torch.int64), now.new_empty(0)
         return torch.cat(rows), torch.cat(changes)
+
+
+@register_estimator
+class FirstOrder(LossChangeEstimator):
+    """The estimator `first_order`: a row's fall from where it was seen to its round's end, and none after that.
+
+    It needs the gradients themselves, so the training loop hands it each micro-batch: `lead-fast train` does; another loop
+    calls `follow` once, wraps forward and backward in `collect`, and calls `stepped` after each optimizer step. Ranking
+    evaluates it for every row, and each micro-batch pays for the sketches: see the head of this file.
+    """
+
+    name = "first_order"
+
+    def __init__(self, num_arms: int, adam_beta1: float, device: torch.device) -> None:
+        super().__init__(num_arms, adam_beta1, device)
+        self.sketch: LoraSketch | None = None
+        self.round: FirstOrderRound | None = None
+        self.fall = torch.zeros(0, dtype=torch.float32, device=device)  # [N + 1] by position, from the first observation on
+        self._table: UtilityTable | None = None
+
+    def follow(self, model: nn.Module, k: int = 4, seed: int = 0) -> None:
+        """Sketches the gradients of `model`, a peft model with LoRA; arguments as of `LoraSketch`."""
+        self.sketch = LoraSketch(model, k, seed)
+        self.round = FirstOrderRound(self.sketch)
+
+    @contextmanager
+    def collect(self, rows: Tensor, cu_seqlens: Tensor, num_tokens: Tensor, upstream: float | Tensor) -> Iterator[None]:
+        """Sketches the packed micro-batch whose forward and backward run inside; arguments as of `FirstOrderRound.add`."""
+        if self.sketch is None or self.round is None:
+            raise RuntimeError("first_order: follow(model) must be called before training")
+        with self.sketch.collect(cu_seqlens) as sketches:
+            yield
+        self.round.add(rows, sketches, num_tokens, upstream)
+
+    def stepped(self) -> None:
+        """After an optimizer step."""
+        if self.round is not None:
+            self.round.step()
+
+    def drop(self, table: UtilityTable, clocks: Clocks, at: Tensor) -> Tensor:
+        return self.fall[at] if len(self.fall) else torch.zeros(at.shape, dtype=torch.float32, device=self.device)
+
+    def pair(self, table: UtilityTable, clocks: Clocks, at: Tensor, loss: Tensor, valid: Tensor) -> None:
+        if self.sketch is None:
+            raise RuntimeError("first_order: follow(model) must be called before training")
+        self._table = table
+        if not len(self.fall):
+            self.fall = torch.zeros(len(table.rows) + 1, dtype=torch.float32, device=self.device)
+        self.fall[at] = 0.0  # seen now: what it falls by until the round's end is not known yet
+
+    def end_round(self, clocks: Clocks, arms: Tensor, first_step: int, weight_change: Tensor | None) -> None:
+        if self.round is None or self.sketch is None or self._table is None:
+            return
+        rows, changes = self.round.loss_changes()
+        known = (rows >= 0) & torch.isfinite(changes.to(rows.device))
+        counts = known & last_occurrence(torch.where(known, rows, -1))  # of a row seen twice the last visit counts
+        rows, changes = rows[counts].to(self.device), changes[counts.to(changes.device)].to(self.device)
+        self.fall[self._table.position[rows].long()] = -changes
+        self.round = FirstOrderRound(self.sketch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Between rounds; inside one, what was sketched so far as well."""
+        return {"fall": self.fall.clone(), "round": {} if self.round is None else self.round.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.fall = state["fall"].to(self.device).clone()
+        if self.round is not None:
+            self.round.load_state_dict(state["round"])
 
 
 def _forward_hook(adapter: _Adapter, tiles: SampleTiles, sketches: Tensor) -> Any:

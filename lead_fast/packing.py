@@ -223,6 +223,11 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def sample_items(self) -> Tensor:
+        """Supervised positions of each sample, int64 [S]."""
+        return torch.searchsorted(self.token_index, self.cu_seqlens.long()).diff()
+
     def to(self, device: torch.device | str) -> PackedBatch:
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return dataclasses.replace(self, **moved)

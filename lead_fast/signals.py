@@ -220,7 +220,7 @@ def arms_drift(rounds: Sequence[RoundFacts], config: LeadConfig) -> dict[str, An
         f"rounds, t {t:.1f}); its probability is {rounds[-1]['probs'][arm]:.2f}"
     )
     if config.bandit == "exp3s":
-        return _warning(text, "share", min(0.5, 4.0 * max(config.share, 0.01)))
+        return _warning(text, "share", min(0.5, 4.0 * max(config.share, 0.001)))
     return _warning(text, "bandit", "exp3s")
 
 

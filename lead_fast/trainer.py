@@ -7,7 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lead_fast.config import PrepareConfig, TrainConfig
 from lead_fast.engine import LeadEngine
+from lead_fast.first_order import FirstOrder
 from lead_fast.models import PackedModel, trained_parameters
 from lead_fast.ops import SampleStats
 from lead_fast.packing import CutCounts, PackedBatch, Sample, balanced_fill, fill, pack, split_evenly
@@ -93,7 +94,11 @@ class Optimization:
         return self.accelerator.unwrap_model(self.model)
 
     def step(
-        self, batches: Sequence[PackedBatch], lr: float, observe: Callable[[Tensor, SampleStats], None] | None = None
+        self,
+        batches: Sequence[PackedBatch],
+        lr: float,
+        observe: Callable[[Tensor, SampleStats], None] | None = None,
+        first_order: FirstOrder | None = None,
     ) -> StepResult:
         """One optimizer step over micro-batches: the gradient of their mean loss over all supervised tokens.
 
@@ -101,12 +106,13 @@ class Optimization:
             batches: micro-batches of the step; accumulation gives the gradient of the one large batch.
             lr: learning rate of the step.
             observe: called with each micro-batch's rows and per-sample statistics.
+            first_order: sketches each micro-batch's gradients.
         """
         num_items = sum(batch.num_items for batch in batches)
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             batch = batch.to(self.device)
-            with self._sync_only(last=number == len(batches) - 1):
+            with self._sync_only(last=number == len(batches) - 1), self._sketched(first_order, batch, num_items):
                 out = self.model(batch, num_items=max(num_items, 1), stats=None if observe is None else "all")
                 self.accelerator.backward(out.loss)
             total += out.loss.detach()
@@ -123,7 +129,16 @@ class Optimization:
         else:
             logger.warning("a gradient is not finite: its optimizer step is left out")
         self.optimizer.zero_grad(set_to_none=True)
+        if first_order is not None:
+            first_order.stepped()
         return StepResult(total, num_items, sum(batch.num_tokens for batch in batches))
+
+    def _sketched(self, first_order: FirstOrder | None, batch: PackedBatch, num_items: int) -> AbstractContextManager[None]:
+        if first_order is None:
+            return nullcontext()
+        scaler = self.accelerator.scaler
+        upstream = (1.0 if scaler is None else scaler.get_scale()) / max(num_items, 1)
+        return first_order.collect(batch.rows, batch.cu_seqlens, batch.sample_items, upstream)
 
     @contextmanager
     def _sync_only(self, *, last: bool) -> Iterator[None]:
@@ -206,6 +221,15 @@ class TrainingRun:
     open: OpenRound | None = None
 
 
+def attach(engine: LeadEngine, optimization: Optimization) -> FirstOrder | None:
+    """Shows estimators the weights that they follow; returns the one that wants the gradients as well, if any."""
+    engine.track([p for _, p in trained_parameters(optimization.bare)])
+    first_order = next((e for e in engine.estimators.values() if isinstance(e, FirstOrder)), None)
+    if first_order is not None and first_order.sketch is None:
+        first_order.follow(optimization.bare, seed=engine.config.seed)
+    return first_order
+
+
 def run_rounds(
     engine: LeadEngine,
     optimization: Optimization,
@@ -241,7 +265,7 @@ def run_rounds(
     """
     run = TrainingRun() if run is None else run
     clock, run.cuts.max_length = run.clock, config.max_length
-    engine.track([p for _, p in trained_parameters(optimization.bare)])
+    first_order = attach(engine, optimization)
 
     def score() -> None:
         if evaluate_now is not None:
@@ -281,7 +305,7 @@ def run_rounds(
                     peak=config.peak_learning_rate, schedule=config.schedule, warmup=config.warmup_ratio,
                 )  # fmt: skip
                 with clock.part("step"):
-                    result = optimization.step(steps[number], lr, _timed_observe(engine, clock))
+                    result = optimization.step(steps[number], lr, _timed_observe(engine, clock), first_order)
                 with clock.part("estimate"):
                     engine.step(lr=lr, num_items=result.num_items)
                 trained.append((lr, result))

@@ -21,7 +21,7 @@ from lead_fast.checkpoint import State, tensor_bytes
 from lead_fast.models import trained_parameters
 from lead_fast.packing import CutCounts
 from lead_fast.pool import ARRAYS, Pool
-from lead_fast.trainer import OpenRound, Optimization, StepResult, TrainingError, TrainingRun
+from lead_fast.trainer import OpenRound, Optimization, StepResult, TrainingError, TrainingRun, attach
 
 if TYPE_CHECKING:
     from lead_fast.engine import LeadEngine
@@ -45,6 +45,7 @@ class TrainingState:
 
     def __init__(self, engine: LeadEngine, optimization: Optimization, signals: Signals, heldout: Pool | None = None) -> None:
         self.engine, self.optimization, self.signals = engine, optimization, signals
+        attach(engine, optimization)
         self.identity = {
             "pool": _pool_digest(engine.pool),
             "held-out rows": None if heldout is None else heldout.fingerprint,

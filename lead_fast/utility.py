@@ -11,7 +11,7 @@ Utilities are evaluated lazily: nothing is written for untouched rows, yet their
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -211,10 +211,11 @@ class LossChangeEstimator:
         """Restores `state_dict()`."""
 
 
+Estimator = TypeVar("Estimator", bound=LossChangeEstimator)
 _ESTIMATORS: dict[str, type[LossChangeEstimator]] = {"none": LossChangeEstimator}
 
 
-def register_estimator(cls: type[LossChangeEstimator]) -> type[LossChangeEstimator]:
+def register_estimator(cls: type[Estimator]) -> type[Estimator]:
     """Makes an estimator available as `LeadConfig(estimator=cls.name)`; usable as a class decorator."""
     if cls.name in _ESTIMATORS:
         raise ValueError(f"register_estimator: `name` must be new, got {cls.name!r} again")

@@ -235,8 +235,11 @@ def two_steps(run):
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside a round", "between rounds"])
-@pytest.mark.parametrize(("estimator", "reward"), [("grad_norm", "drop"), ("historical", "idu")])
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("tuning", "estimator", "reward"),
+    [(t, *method) for t in ("lora", "full") for method in (("grad_norm", "drop"), ("historical", "idu"))]
+    + [("lora", "first_order", "drop")],
+)
 def test_a_run_goes_on_from_a_file_as_if_nothing_had_happened(tuning, estimator, reward, inside, tmp_path):
     method = tuning, estimator, reward
     seed_generators(5)

@@ -69,7 +69,7 @@ PLANTED = {
     "the published one": ({"quality": lambda share: 3.0, "estimator": "historical"}, "calibration", "estimator", "grad_norm"),
     "an arm that loses its worth": ({"worth": lambda arm, share: 0.1 * (arm == 3) * (share < 0.5)}, "drift", "bandit", "exp3s"),
     "an arm that gains, under exp3s": (
-        {"worth": lambda arm, share: 0.15 * (arm == 1) * (share > 0.5), "bandit": "exp3s"}, "drift", "share", 0.04,
+        {"worth": lambda arm, share: 0.15 * (arm == 1) * (share > 0.5), "bandit": "exp3s"}, "drift", "share", 0.004,
     ),
     "much smoothing": ({"smoothing": 0.6}, "smoothing", "smoothing", 0.0),
     "an estimator that fails late": (

@@ -5,13 +5,13 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define LEAD_FAST_HOST_DEVICE __host__ __device__
-#else
-#define LEAD_FAST_HOST_DEVICE
-#endif
+#include "core/host_device.h"
 
 namespace lead_fast {
+
+constexpr std::uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr std::uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
 
 struct PhiloxBlock {
   std::uint32_t word[4];
@@ -23,31 +23,36 @@ struct PhiloxKey {
 
 // One block of four random words for one counter block and one key.
 LEAD_FAST_HOST_DEVICE inline PhiloxBlock philox4x32_10(PhiloxBlock counter, PhiloxKey key) {
-  constexpr std::uint32_t multiplier_0 = 0xD2511F53u;
-  constexpr std::uint32_t multiplier_1 = 0xCD9E8D57u;
-  constexpr std::uint32_t weyl_0 = 0x9E3779B9u;
-  constexpr std::uint32_t weyl_1 = 0xBB67AE85u;
-
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t product_0 = static_cast<std::uint64_t>(multiplier_0) * counter.word[0];
-    const std::uint64_t product_1 = static_cast<std::uint64_t>(multiplier_1) * counter.word[2];
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const std::uint64_t product_0 = static_cast<std::uint64_t>(kPhiloxMultiplier0) * counter.word[0];
+    const std::uint64_t product_1 = static_cast<std::uint64_t>(kPhiloxMultiplier1) * counter.word[2];
     counter = {{static_cast<std::uint32_t>(product_1 >> 32) ^ counter.word[1] ^ key.word[0],
                 static_cast<std::uint32_t>(product_1),
                 static_cast<std::uint32_t>(product_0 >> 32) ^ counter.word[3] ^ key.word[1],
                 static_cast<std::uint32_t>(product_0)}};
-    key.word[0] += weyl_0;
-    key.word[1] += weyl_1;
+    key.word[0] += kPhiloxWeyl0;
+    key.word[1] += kPhiloxWeyl1;
   }
   return counter;
 }
 
-// The uniform number in (0, 1) of `counter` in one (seed, stream, round): exact in fp64, never 0 and never 1.
+// The random word of `counter` in one (seed, stream, round).
+LEAD_FAST_HOST_DEVICE inline std::uint32_t philox_word(std::uint64_t seed, std::uint32_t stream, std::uint32_t round,
+                                                       std::uint64_t counter) {
+  return philox4x32_10(
+             {{static_cast<std::uint32_t>(counter), static_cast<std::uint32_t>(counter >> 32), round, stream}},
+             {{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)}})
+      .word[0];
+}
+
+// Its uniform number in (0, 1): exact in fp64, never 0 and never 1.
+LEAD_FAST_HOST_DEVICE inline double uniform_of_word(std::uint32_t word) {
+  return (static_cast<double>(word) + 0.5) * 0x1p-32;
+}
+
 LEAD_FAST_HOST_DEVICE inline double philox_uniform(std::uint64_t seed, std::uint32_t stream, std::uint32_t round,
                                                    std::uint64_t counter) {
-  const PhiloxBlock block =
-      philox4x32_10({{static_cast<std::uint32_t>(counter), static_cast<std::uint32_t>(counter >> 32), round, stream}},
-                    {{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)}});
-  return (static_cast<double>(block.word[0]) + 0.5) * 0x1p-32;
+  return uniform_of_word(philox_word(seed, stream, round, counter));
 }
 
 }  // namespace lead_fast

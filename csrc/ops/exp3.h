@@ -1,0 +1,84 @@
+// Argument checks that every binding of the bandit's operators shares, by shapes and dtypes alone.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "core/exp3.h"
+#include "ops/array.h"
+
+namespace lead_fast {
+
+inline Exp3Probs check_exp3_probs(const Array& log_w, const Array& mask, double gamma) {
+  const Arguments check("exp3_probs", log_w);
+  const auto* weights = check.input<double>("log_w", log_w, {"K"});
+  const auto* in_a = check.input<bool>("mask", mask, {log_w.shape[0]});
+  check.require(gamma >= 0.0 && gamma <= 1.0, "gamma", "in [0, 1]", gamma);
+  return {weights, in_a, gamma, log_w.shape[0]};
+}
+
+// What the CPU's bindings check of the values, too: CUDA's would have to wait for them.
+inline void check_values(const Exp3Probs& args) {
+  bool empty = true, possible = false;
+  for (std::int64_t k = 0; k < args.num_arms; ++k) {
+    if (!args.mask[k]) continue;
+    if (!(args.log_w[k] < HUGE_VAL)) {
+      throw std::invalid_argument("exp3_probs: `log_w` must be below inf at the arms of `mask`, got " +
+                                  std::to_string(args.log_w[k]) + " at arm " + std::to_string(k));
+    }
+    empty = false;
+    possible = possible || args.log_w[k] > -HUGE_VAL;
+  }
+  if (!empty && !possible) {
+    throw std::invalid_argument("exp3_probs: `log_w` must be above -inf at an arm of `mask`, got none");
+  }
+}
+
+inline Exp3Draw check_exp3_draw(const Array& probs, const Array& uniforms) {
+  const Arguments check("exp3_draw", probs);
+  const auto* values = check.input<double>("probs", probs, {"K"});
+  const auto* numbers = check.input<double>("uniforms", uniforms, {"m"});
+  return {values, numbers, probs.shape[0], uniforms.shape[0]};
+}
+
+inline void check_values(const Exp3Draw& args) {
+  const auto check = [](const char* name, const double* values, std::int64_t size) {
+    for (std::int64_t i = 0; i < size; ++i) {
+      if (values[i] >= 0.0 && values[i] <= 1.0) continue;
+      throw std::invalid_argument(std::string("exp3_draw: `") + name + "` must be in [0, 1], got " +
+                                  std::to_string(values[i]));
+    }
+  };
+  check("probs", args.probs, args.num_arms);
+  check("uniforms", args.uniforms, args.num_draws);
+}
+
+inline Exp3Update check_exp3_update(const Array& log_w, const Array& mask, const Array& arms, const Array& rewards,
+                                    const Array& probs, double gamma, std::int64_t variant, double share) {
+  const Arguments check("exp3_update", log_w);
+  Exp3Update args{};
+  args.log_w = check.input<double>("log_w", log_w, {"K"});
+  args.num_arms = log_w.shape[0];
+  args.mask = check.input<bool>("mask", mask, {args.num_arms});
+  args.arms = check.input<std::int64_t>("arms", arms, {"m"});
+  args.num_draws = arms.shape[0];
+  args.rewards = check.input<double>("rewards", rewards, {args.num_draws});
+  args.probs = check.input<double>("probs", probs, {args.num_draws});
+  check.require(gamma >= 0.0 && gamma <= 1.0, "gamma", "in [0, 1]", gamma);
+  check.require(share >= 0.0 && share <= 1.0, "share", "in [0, 1]", share);
+  check.require(variant >= 0, "variant", "at least 0", variant);
+  args.gamma = gamma;
+  args.share = share;
+  args.variant = variant;
+  return args;
+}
+
+inline ScaleRewards check_scale_rewards(const Array& scale, const Array& rewards) {
+  const Arguments check("scale_rewards", scale);
+  auto* running = check.inout<double>("scale", scale, {3});
+  return {running, check.input<double>("rewards", rewards, {"m"}), rewards.shape[0]};
+}
+
+}  // namespace lead_fast
