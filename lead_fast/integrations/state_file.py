@@ -55,6 +55,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
 def _flatten(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     """`value` with {"$tensor": key} in the place of each tensor, which goes to `tensors`."""
     if isinstance(value, Tensor):
+        key = key if key not in tensors else f"{key}#{len(tensors)}"  # names may hold dots themselves
         tensors[key] = value.detach().cpu().contiguous().clone()
         return {_TENSOR: key}
     if isinstance(value, dict):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lead_fast.config import LeadConfig
 from lead_fast.engine import LeadEngine
+from lead_fast.first_order import FirstOrder
 from lead_fast.integrations.attention import AttentionSwitch
 from lead_fast.integrations.checks import check_host
 from lead_fast.integrations.rounds import HostRounds
@@ -64,16 +66,24 @@ class LeadRounds(_Host):
         with self._attention.on():
             self._packed = PackedModel(model)  # pyright: ignore[reportArgumentType]
         self.engine = LeadEngine(pool, lead or LeadConfig(), self.args.device)
-        self.engine.track(parameter for _, parameter in trained_parameters(self._packed))
         args = self.args
         self._rounds = HostRounds(self.engine, samples_of, args.train_batch_size, args.gradient_accumulation_steps)
         self._step_items, self._left_out = 0, False
+        self._first_order: FirstOrder | None = None
         self.add_callback(_RoundCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if not resume_from_checkpoint and self.engine.num_rounds:
             raise RuntimeError(f"{type(self).__name__}.train: its budget is in use already; make a new trainer, or resume")
+        self._follow_weights()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _follow_weights(self) -> None:
+        """Shows estimators, and those that watch by now, the weights and gradients that they follow."""
+        self.engine.track(parameter for _, parameter in trained_parameters(self._packed))
+        self._first_order = next((e for e in self.engine.estimators.values() if isinstance(e, FirstOrder)), None)
+        if self._first_order is not None and self._first_order.sketch is None:
+            self._first_order.follow(self._packed.model, seed=self.engine.config.seed)
 
     # Data.
 
@@ -141,8 +151,15 @@ class LeadRounds(_Host):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if not len(inputs["rows"]):
             return torch.zeros((), device=self.args.device)
-        with self._attention.on():
+        with self._attention.on(), self._sketched(inputs, num_items_in_batch):
             return super().training_step(model, inputs, num_items_in_batch)
+
+    def _sketched(self, inputs: dict[str, Any], num_items: int) -> AbstractContextManager[None]:
+        if self._first_order is None:
+            return nullcontext()
+        batch, scaler = PackedBatch(**inputs), self.accelerator.scaler
+        upstream = (1.0 if scaler is None else scaler.get_scale()) / num_items
+        return self._first_order.collect(batch.rows, batch.cu_seqlens, batch.sample_items, upstream)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -169,6 +186,8 @@ class LeadRounds(_Host):
         """After each optimizer step, with the learning rate it used."""
         left_out = self._left_out or self.accelerator.optimizer_step_was_skipped
         self._rounds.step(0.0 if left_out else lr, self._step_items)
+        if self._first_order is not None:
+            self._first_order.stepped()
 
     def step_ended(self) -> None:
         """After the host counted the step: a round whose last step it was is closed."""

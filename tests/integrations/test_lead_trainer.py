@@ -1,6 +1,7 @@
 """LeadTrainer: losses, gradients and rounds are right, and the host does what its users know."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 import lead_fast as lf
 from lead_fast.attention import PACKED_ATTENTION
+from lead_fast.first_order import FirstOrder
 from lead_fast.integrations.transformers import LeadTrainer
 from lead_fast.packing import ChatEncoder
 
@@ -350,6 +352,51 @@ def test_the_hosts_collator_makes_the_labels(tmp_path):
     trainer.train()
     expected = sum(len(rows[row]["input_ids"]) - 1 for call in calls if call[0] == "observe" for row in call[1])
     assert [call[2] for call in calls if call[0] == "step"] == [expected]
+
+
+def test_first_order_sees_the_gradients_of_each_step(tmp_path, monkeypatch):
+    follow = FirstOrder.follow
+    monkeypatch.setattr(
+        FirstOrder, "follow", lambda self, model, seed: follow(self, model, k=64, seed=seed)
+    )  # k > width: exact
+    models = []
+
+    class Keeper(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            models.append(copy.deepcopy(model))
+
+    lead = dataclasses.replace(FIVE_ROWS, estimator="first_order")
+    trainer = lead_trainer(tmp_path, lora(tiny()), lead=lead, callbacks=[Keeper()], gradient_checkpointing=True, max_steps=2)
+    calls = watch(trainer.engine)
+    trainer.train()
+    assert [call[0] for call in calls].count("begin") == 1  # one round of two steps
+    steps = [[]]
+    for call in calls:
+        if call[0] == "observe":
+            steps[-1] += call[1]
+        elif call[0] == "step":
+            steps.append([])
+    now = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    for model, rows in zip(models, steps[:2], strict=True):
+        for row in rows:
+            gradients = alone(model, TokenRows(), [row])[2]
+            change = sum(float((g * (now[name] - model.get_parameter(name)).detach()).sum()) for name, g in gradients.items())
+            at = torch.tensor([row])
+            seen = trainer.engine.table.values[0, trainer.engine.table.position[at].long()]
+            assert float(trainer.engine.predicted_loss(at) - seen) == pytest.approx(change, rel=2e-3, abs=1e-5)
+
+
+def test_estimators_may_watch_beside_the_one_that_chooses(tmp_path):
+    trainer = lead_trainer(tmp_path, lora(tiny()))
+    trainer.engine.shadow(["first_order", "historical"])
+    trainer.train()
+    last = trainer.engine.history[-1][1]
+    seen = trainer.engine.table.values[0, trainer.engine.table.position[last].long()]
+    for name in ("first_order", "historical"):  # the weights moved since the last round's rows were seen
+        falls = seen - trainer.engine.predicted_loss(last, name)
+        assert torch.isfinite(falls).all() and (falls != 0.0).all()
+    with pytest.raises(ValueError, match="must train LoRA weights"):
+        lead_trainer(tmp_path, lead=dataclasses.replace(CHOICE, estimator="first_order")).train()
 
 
 @pytest.mark.parametrize("kind", ["datasets", "list"])

@@ -35,7 +35,7 @@ def outcome(run):
     return run.engine.selected(), rounds, losses, run.state.global_step
 
 
-@pytest.mark.parametrize("estimator", ["grad_norm", "historical"])
+@pytest.mark.parametrize("estimator", ["grad_norm", "historical", "first_order"])
 @pytest.mark.parametrize("step", [4, 6, 8], ids=["in a round", "at its end", "in another"])
 def test_a_resumed_run_is_identical(estimator, step, tmp_path):
     whole = trainer(tmp_path / "whole", estimator)

@@ -32,7 +32,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
         "scalar": torch.tensor(7, dtype=torch.int32),
         "bytes": torch.tensor([0, 255], dtype=torch.uint8),
         "flags": torch.tensor([True, False]),
-        "nested": {"a.b": {"c": [1, 2.5, "x", None, True, []]}, "a": {"b.c": torch.ones(1)}},
+        "nested": {"a.b": {"c": torch.zeros(1)}, "a": {"b.c": torch.ones(1)}, "leaves": [1, 2.5, "x", None, True, []]},
         "nothing": {},
     }
     save_state(tmp_path / "state", state)
