@@ -1,7 +1,7 @@
 # Every target sets itself up: a virtual environment in .venv, torch, the package with its extension (.ci/setup.sh).
 #   make test TORCH=torch==2.12.0 TORCH_INDEX_URL=... PYTHON=python3.12
 
-.PHONY: demo test test-kill bench gpu lint clean
+.PHONY: demo test test-kill bench gpu gpu-price lint clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -24,6 +24,10 @@ bench:
 # On a machine with a CUDA card, with its python as it is: build, the tests marked cuda, benchmarks, the table.
 gpu:
 	@.ci/gpu.sh
+
+# After `make gpu`, in its environment: what LEAD costs a training step of an 8B-shape Llama. About a quarter of an hour.
+gpu-price:
+	.venv-gpu/bin/python benchmarks/test_estimation_price.py --device cuda
 
 lint:
 	@.ci/setup.sh dev,test

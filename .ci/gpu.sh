@@ -35,9 +35,11 @@ cat "$results/gpu-doctor.txt"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee -a "$results/gpu-doctor.txt"
 say "testing"
 failed=0
-timeout 200 "$py" -m pytest -q -m cuda --durations=5 tests 2>&1 | tee "$results/gpu-tests.txt" || failed=1
+timeout 180 "$py" -m pytest -q -m cuda --durations=5 tests 2>&1 | tee "$results/gpu-tests.txt" || failed=1
 tail -n 1 "$results/gpu-tests.txt" | grep -q passed || failed=1
 if grep -Eq '[0-9]+ (failed|error)' "$results/gpu-tests.txt"; then failed=1; fi
-say "benchmarking"
-timeout 330 "$py" benchmarks/test_linear_cross_entropy.py --device cuda --out "$results" || failed=1
+say "benchmarking the fused loss"
+timeout 270 "$py" benchmarks/test_linear_cross_entropy.py --device cuda --out "$results" || failed=1
+say "benchmarking the state"
+timeout 60 "$py" benchmarks/test_state.py --device cuda --sizes 100000 1000000 10000000 --rounds 5 --out "$results" || failed=1
 exit $failed

@@ -120,6 +120,7 @@ def make(setting: Setting) -> tuple[lf.LeadEngine, Optimization, TrainConfig, Ca
     rounds = max(1, setting.num_rows // setting.round_rows)
     lead = lf.LeadConfig(budget=1.0, min_rounds=rounds, rate=1.0, max_uses=255)
     engine = lf.LeadEngine(pool, lead, accelerator.device)
+    engine.record_visits = True  # as `lead-fast train` does, for its warnings
     return engine, Optimization(model, accelerator, train), train, make_samples(setting.num_rows, shape["vocab_size"])
 
 
@@ -144,7 +145,7 @@ def run(setting: Setting, num_pairs: int) -> Pairs:
                     stepped.append(watched[1])
                 else:
                     off.append(timed(lambda batches=batches: optimization.step(batches, 1e-5))[0])
-        end, _ = timed(lambda: (report := engine.end_round()) and (report.reward, report.calibration, report.num_samples))
+        end, _ = timed(lambda: (report := engine.end_round()) and (report.reward, report.calibration, report.visits))
         if not warm:
             warm = True
             continue

@@ -177,6 +177,7 @@ def test_gencode_adds_ptx_where_asked(build):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
 def test_cuda_sources_compile_and_link_without_a_gpu(build, monkeypatch, capfd):
     monkeypatch.setenv("LEAD_FAST_CUDA", "1")
@@ -187,8 +188,13 @@ def test_cuda_sources_compile_and_link_without_a_gpu(build, monkeypatch, capfd):
     build.build([library])
 
     report = capfd.readouterr().out
-    compiled = set(re.findall(r"Compiling entry function '\S*philox_uniform_kernel\S*' for 'sm_(\d+)'", report))
-    assert compiled == {"80", "90", "100"}
+    assert "warning" not in report
+    written = "".join(source.read_text() for source in library.sources)
+    kernels = set(re.findall(r"__global__ void(?:\s+__launch_bounds__\(.*?\))?\s+(\w+)\(", written))
+    assert len(kernels) == written.count("__global__") > 10
+    for kernel in kernels:
+        entry = rf"Compiling entry function '\S*\d{kernel}[EI]\S*' for 'sm_(\d+)'"
+        assert set(re.findall(entry, report)) == {"80", "90", "100"}, kernel
     assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
     assert library.output.stat().st_size > 0
 

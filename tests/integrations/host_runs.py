@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 import lead_fast as lf
 from lead_fast.integrations.transformers import LeadTrainer
@@ -67,6 +67,7 @@ def arguments(folder, **options):
 
 
 CHOICE = lf.LeadConfig(budget=30, rate=0.3, min_rounds=6)
+FIVE_ROWS = lf.LeadConfig(budget=30, rate=0.5, min_rounds=6)  # a round
 
 
 def lead_trainer(folder, model=None, *, lead=CHOICE, pool=None, dataset=None, callbacks=None, eval_dataset=None,
@@ -121,3 +122,28 @@ def alone(model, dataset, rows):
         total += nll.item()
         losses.append(nll.item() / sum(label != -100 for label in labels[1:].tolist()))
     return total / items, losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Watcher(TrainerCallback):
+    """What a user's callback sees: events, log lines, and the gradients before each optimizer step."""
+
+    def __init__(self):
+        self.events, self.logs, self.gradients = [], [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.events.append("step_begin")
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append("step_end")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.events.append("evaluate")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.events.append("save")
