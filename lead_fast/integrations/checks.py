@@ -1,0 +1,49 @@
+"""What a host trainer may not be asked for here, said before training starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer
+
+
+def check_host(op: str, trainer: Any) -> None:
+    """Refuses arguments that would make rounds, packing or the fused loss wrong.
+
+    Args:
+        op: name of the trainer's class.
+        trainer: the host, set up.
+
+    Raises:
+        ValueError: names the argument, what is expected and what was given. ImportError: transformers is too old.
+    """
+    if not hasattr(Trainer, "loss_is_scaled_for_ga"):
+        raise ImportError(f"{op}: transformers must be 5.19 or newer, whose Trainer leaves the loss's scale to its subclass")
+    args, model = trainer.args, trainer.model
+    processes = f"1: several processes are not served yet (use `lead-fast train`, or one process), got {args.world_size}"
+    for bad, name, expected in (
+        (args.world_size > 1, "world_size", processes),
+        (args.n_gpu > 1, "n_gpu", f"1: make one GPU visible (CUDA_VISIBLE_DEVICES), got {args.n_gpu}"),
+        (trainer.is_model_parallel, "model", "on one device, got one over several (device_map)"),
+        (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, "args", "without DeepSpeed and FSDP, got one of them"),
+        (args.parallelism_config is not None, "parallelism_config", f"None, got {args.parallelism_config!r}"),
+        (args.dataloader_num_workers > 0, "dataloader_num_workers",
+         f"0: workers read ahead of the round, got {args.dataloader_num_workers}"),
+        (args.train_sampling_strategy != "random", "train_sampling_strategy",
+         f"'random', which leaves the order to LEAD, got {args.train_sampling_strategy!r}"),
+        (args.auto_find_batch_size, "auto_find_batch_size", "False: a restart would choose other rows, got True"),
+        (args.torch_compile, "torch_compile", "False: packed batches go around the compiled forward, got True"),
+        (args.label_smoothing_factor != 0, "label_smoothing_factor",
+         f"0: the fused loss has none, got {args.label_smoothing_factor}"),
+        (args.neftune_noise_alpha is not None, "neftune_noise_alpha",
+         f"None: its noise scales with the length of the batch, not of the sample, got {args.neftune_noise_alpha}"),
+        (trainer.compute_loss_func is not None, "compute_loss_func", "None: the fused loss is the loss, got a function"),
+        (trainer.model_init is not None, "model_init", "None: give the model itself, got a function"),
+        (_prompt_learning(model), "model", "a causal LM or one with adapters such as LoRA, got one with a learned prompt"),
+    ):  # fmt: skip
+        if bad:
+            raise ValueError(f"{op}: `{name}` must be {expected}")
+
+
+def _prompt_learning(model: Any) -> bool:
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))

@@ -1,0 +1,213 @@
+"""LEAD's rounds as the stream of micro-batches that a host's training loop reads.
+
+A round is a barrier: its micro-batches fill whole optimizer steps, and the next round is drawn only when the host asks for
+a batch after the last step of this one was taken and the round was closed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from lead_fast.engine import LeadEngine
+from lead_fast.ops import SampleStats
+from lead_fast.packing import PackedBatch, Sample, pack
+from lead_fast.rounds import Round
+
+STATE_FORMAT = 1
+_POSITION = ("used_before", "steps_done", "num_tokens", "num_items")
+_POOL_ARRAYS = ("arm", "task", "utility", "num_tokens", "aside")
+
+
+@dataclass
+class OpenRound:
+    """The round that is being trained, and the position in it.
+
+    Attributes:
+        round: as the engine chose it.
+        used_before: distinct rows used before it.
+        micro_batches: rows of each micro-batch, `accumulation` of them an optimizer step; the first of a step may be empty.
+        num_steps, steps_done: optimizer steps of the round, and those taken.
+        num_tokens, num_items: tokens and supervised tokens trained on.
+    """
+
+    round: Round
+    used_before: int
+    micro_batches: list[list[int]]
+    num_steps: int
+    steps_done: int = 0
+    num_tokens: int = 0
+    num_items: int = 0
+
+
+class HostRounds:
+    """The engine behind a host's loop: micro-batches out, statistics and steps in.
+
+    Args:
+        engine: chooses the rows.
+        samples_of: tokenized samples of rows of the pool, in their order.
+        batch_size: samples of a micro-batch, at most.
+        accumulation: micro-batches of an optimizer step, exactly.
+
+    Attributes:
+        open: the round that is being trained; None between rounds.
+    """
+
+    def __init__(
+        self, engine: LeadEngine, samples_of: Callable[[Sequence[int]], list[Sample]], batch_size: int, accumulation: int
+    ) -> None:
+        self.engine, self.samples_of = engine, samples_of
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.open: OpenRound | None = None
+
+    # The stream.
+
+    def begin(self) -> bool:
+        """Draws the next round; False when the budget is used or no row is left."""
+        used = self.engine.num_used
+        rnd = self.engine.begin_round()
+        if rnd is None:
+            return False
+        self.open = self._opened(rnd, used)
+        return True
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """The open round's micro-batches from its position on: fields of `PackedBatch`, on the CPU, no rows in an empty one."""
+        opened = self._open("batches")
+        ahead = opened.micro_batches[opened.steps_done * self.accumulation :]
+        samples = iter(self.samples_of([row for rows in ahead for row in rows]))
+        for rows in ahead:
+            if rows:
+                yield dict(vars(pack([next(samples) for _ in rows], rows)))
+            else:
+                nothing = torch.zeros(0, dtype=torch.int64)
+                yield {"input_ids": nothing, "rows": nothing, "num_items": 0}
+
+    def observe(self, batch: PackedBatch, samples: SampleStats) -> None:
+        """Takes the statistics of one micro-batch, before the optimizer step it belongs to."""
+        opened = self._open("observe")
+        self.engine.observe(batch.rows, samples)
+        opened.num_tokens += batch.num_tokens
+        opened.num_items += batch.num_items
+
+    def step(self, lr: float, num_items: int) -> None:
+        """Takes an optimizer step: the learning rate it used, 0 where it was left out, and its supervised tokens."""
+        opened = self._open("step")
+        self.engine.step(lr=lr, num_items=num_items)
+        opened.steps_done += 1
+
+    def end(self) -> dict[str, float]:
+        """Closes the round.
+
+        Returns:
+            Its metrics under stable names; those that are not finite (no reward, no loss) are left out.
+        """
+        opened, engine = self._open("end"), self.engine
+        report = engine.end_round()
+        self.open = None
+        metrics: dict[str, float] = {
+            "lead/round": report.number,
+            "lead/arm": report.arm,
+            "lead/reward": report.reward,
+            "lead/scaled_reward": report.scaled_rewards[0],
+            "lead/mean_loss": report.mean_loss,
+            "lead/samples": report.num_samples,
+            "lead/quarantined": report.num_quarantined,
+            "lead/steps": opened.steps_done,
+            "lead/tokens": opened.num_tokens,
+            "lead/supervised_tokens": opened.num_items,
+            "lead/rows_used": engine.num_used,
+            "lead/progress": engine.progress,
+        }
+        metrics |= {f"lead/prob_{arm}": prob for arm, prob in enumerate(report.probs.tolist())}
+        numbers = {name: value for name, value in report.calibration.items() if isinstance(value, int | float)}
+        metrics |= {f"lead/calibration_{name}": value for name, value in numbers.items()}
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+    # How far.
+
+    @property
+    def progress(self) -> float:
+        """Distinct rows used over the budget, those of the open round counted step by step; in [0, 1]."""
+        used = float(self.engine.num_used)
+        if self.open is not None:
+            used = self.open.used_before + (used - self.open.used_before) * self.open.steps_done / self.open.num_steps
+        return min(1.0, used / self.engine.budget)
+
+    def estimated_steps(self) -> int:
+        """Optimizer steps that the budget takes, if arms are drawn alike and no row is drawn twice."""
+        engine, config = self.engine, self.engine.config
+        sizes = engine.groups.group_sizes
+        if config.round_tokens is not None:
+            rows = config.round_tokens / max(1.0, float(np.mean(np.asarray(engine.pool.num_tokens))))
+        else:
+            quotas = np.minimum(np.maximum(np.ceil(config.rate * sizes - 1e-9), 1), sizes)
+            rows = config.arms_per_round * quotas.sum() / np.count_nonzero(engine.groups.arm_sizes)
+        if config.min_rounds:
+            rows = min(rows, engine.budget // config.min_rounds)
+        rows = min(max(1, round(rows)), engine.budget)
+        return math.ceil(engine.budget / rows) * self._num_steps(rows)
+
+    def most_steps(self) -> int:
+        """Optimizer steps that no run exceeds: one for each use of each row."""
+        return self.engine.groups.num_choosable * self.engine.config.max_uses
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Engine and position, between rounds or inside one, at a boundary of optimizer steps; for `save_state`."""
+        position = None if self.open is None else {name: getattr(self.open, name) for name in _POSITION}
+        return {"format": STATE_FORMAT, "settings": self._settings(), "engine": self.engine.state_dict(), "position": position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()` into rounds made as they were made for it.
+
+        Raises:
+            ValueError: another pool, configuration or batch size.
+        """
+        settings = self._settings()
+        if state["format"] != STATE_FORMAT:
+            raise ValueError(f"resume: expected a state of format {STATE_FORMAT}, got {state['format']}")
+        changed = [
+            f"{name} (began with {state['settings'].get(name)!r}, got {value!r})"
+            for name, value in settings.items()
+            if state["settings"].get(name) != value
+        ]
+        if changed:
+            raise ValueError(f"resume: a run goes on with the settings it began with, but {', '.join(changed)} changed")
+        self.engine.load_state_dict(state["engine"])
+        self.open, rnd = None, self.engine.open_round
+        if rnd is not None:
+            self.open = dataclasses.replace(self._opened(rnd, 0), **state["position"])
+
+    def _settings(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.engine.pool.fingerprint.encode())
+        for name in _POOL_ARRAYS:
+            if (array := getattr(self.engine.pool, name)) is not None:
+                digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        own = {"pool": digest.hexdigest(), "batch_size": self.batch_size, "accumulation": self.accumulation}
+        return own | dataclasses.asdict(self.engine.config)
+
+    def _open(self, call: str) -> OpenRound:
+        if self.open is None:
+            raise RuntimeError(f"HostRounds.{call}: no round is open")
+        return self.open
+
+    def _opened(self, rnd: Round, used_before: int) -> OpenRound:
+        rows = rnd.rows.tolist()
+        num_steps = self._num_steps(len(rows))
+        parts = num_steps * self.accumulation
+        bounds = [len(rows) * i // parts for i in range(parts + 1)]  # even; a part that is empty is never a step's last
+        micro_batches = [rows[start:end] for start, end in pairwise(bounds)]
+        return OpenRound(rnd, used_before, micro_batches, num_steps)
+
+    def _num_steps(self, num_rows: int) -> int:
+        return math.ceil(num_rows / (self.batch_size * self.accumulation))

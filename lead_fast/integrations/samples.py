@@ -1,0 +1,89 @@
+"""Where a host trainer's samples come from: the pool's own text, or rows of the host's dataset through its collator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lead_fast.packing import IGNORE_INDEX, ChatEncoder, Sample
+from lead_fast.pool import Pool
+
+# What collators may add to the tokens that packing writes anew for the whole batch.
+_BOUNDARIES = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "shift_labels"})
+_TOKENS = frozenset({"input_ids", "labels", "attention_mask", "position_ids"})
+
+
+class ChatSamples:
+    """Samples of a pool with text, by the tokenizer's chat template; only assistant turns are supervised.
+
+    Args:
+        pool: with text.
+        tokenizer: a fast tokenizer; one without a chat template gets the plain one.
+        max_length: tokens of a sample; see `ChatEncoder`.
+
+    Raises:
+        ValueError: the pool has no text, or the tokenizer is not fast.
+    """
+
+    def __init__(self, pool: Pool, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        if not pool.has_text:
+            raise ValueError("ChatSamples: `pool` must have text where there is no `train_dataset`, got arrays alone")
+        self.pool, self.encoder = pool, ChatEncoder(tokenizer, max_length)
+
+    def __call__(self, rows: Sequence[int]) -> list[Sample]:
+        """The samples of `rows`, in their order."""
+        return list(self.encoder.encode(self.pool.iter_messages(rows)))
+
+
+class DatasetSamples:
+    """Samples of a host's dataset, each through the host's collator by itself: what it masks stays masked, its padding goes.
+
+    Args:
+        dataset: indexed by row; a row is what the collator takes.
+        collator: makes a batch of one row: `input_ids`, `labels` (input ids, or -100 where unsupervised), and where it pads
+            `attention_mask`.
+        index: int64 [N], the dataset's index of each row of the pool; None where they are the same.
+    """
+
+    def __init__(self, dataset: Any, collator: Callable[[list[Any]], Any], index: np.ndarray | None = None) -> None:
+        self.dataset, self.collator, self.index = dataset, collator, index
+
+    def __call__(self, rows: Sequence[int]) -> list[Sample]:
+        """The samples of `rows`, in their order.
+
+        Raises:
+            ValueError: the collator made something that is no causal language modelling sample.
+        """
+        return [self._sample(row if self.index is None else int(self.index[row])) for row in rows]
+
+    def _sample(self, index: int) -> Sample:
+        batch = dict(self.collator([self.dataset[index]]))
+        if not {"input_ids", "labels"} <= batch.keys():
+            raise ValueError(
+                f"train_dataset: row {index} must have `input_ids` and `labels` after the collator, got {sorted(batch)}; "
+                "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes labels"
+            )
+        if unknown := batch.keys() - _TOKENS - _BOUNDARIES:
+            raise ValueError(f"train_dataset: row {index} has {sorted(unknown)}, which packed text batches do not carry")
+        ids, labels = _flat(batch["input_ids"]), _flat(batch["labels"])
+        if ids.shape != labels.shape:
+            raise ValueError(f"train_dataset: row {index} must have a label a token, got {len(labels)} for {len(ids)}")
+        real = np.ones(len(ids), bool) if "attention_mask" not in batch else _flat(batch["attention_mask"]).astype(bool)
+        supervised = labels != IGNORE_INDEX
+        if (labels != ids)[supervised & real].any():
+            raise ValueError(f"train_dataset: row {index} must have labels that are its input_ids or -100, got others")
+        ids, supervised = ids[real], supervised[real]
+        if not len(ids):
+            raise ValueError(f"train_dataset: row {index} must have a token, got none")
+        if "position_ids" in batch and not np.array_equal(_flat(batch["position_ids"])[real], np.arange(len(ids))):
+            raise ValueError(f"train_dataset: row {index} must be one sample with positions from 0, got other `position_ids`")
+        return Sample(ids, supervised, supervised)
+
+
+def _flat(values: Any) -> np.ndarray:
+    """int64 [n] of a batch of one row."""
+    return torch.as_tensor(values).reshape(-1).numpy().astype(np.int64)

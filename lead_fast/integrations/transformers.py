@@ -1,0 +1,308 @@
+"""`LeadTrainer`: transformers' Trainer on the samples that LEAD chooses while it trains.
+
+The host's loop, arguments, callbacks, logging and checkpoints stay as its users know them. What changes: the training
+batches are LEAD's rounds, packed without padding; the fused loss takes the place of the model's head, on the hidden states
+of the one forward pass; the run ends when the budget is used.
+
+| host | here |
+|---|---|
+| `per_device_train_batch_size` | samples packed into a micro-batch, at most |
+| `num_train_epochs` | not used: the run is one epoch, and `state.epoch` is the share of the budget that is used |
+| `max_steps` | may end a run before its budget does; where not given, `state.max_steps` is an estimate until the last round |
+| learning-rate schedule | without `max_steps`, runs on progress through the budget: the estimate only scales `warmup_steps` |
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lead_fast.config import LeadConfig
+from lead_fast.engine import LeadEngine
+from lead_fast.first_order import FirstOrder
+from lead_fast.integrations.attention import AttentionSwitch
+from lead_fast.integrations.checks import check_host
+from lead_fast.integrations.rounds import HostRounds
+from lead_fast.integrations.samples import ChatSamples, DatasetSamples
+from lead_fast.integrations.state_file import load_state, save_state
+from lead_fast.models import PackedModel, trained_parameters
+from lead_fast.packing import PackedBatch, Sample
+from lead_fast.pool import Pool
+
+_Host = Trainer if TYPE_CHECKING else object
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "lead_state.safetensors"
+
+
+class LeadRounds(_Host):
+    """What turns a Trainer into one that trains in LEAD's rounds; comes before it among a class's bases.
+
+    Attributes:
+        engine: chooses the rows; `engine.export(path)` writes what was chosen.
+    """
+
+    loss_is_scaled_for_ga = True  # over the supervised tokens of the whole step, by the fused loss
+
+    engine: LeadEngine
+
+    def start_rounds(self, pool: Pool, lead: LeadConfig | None, samples_of: Callable[[Sequence[int]], list[Sample]]) -> None:
+        """Once, when the host is set up."""
+        check_host(type(self).__name__, self)
+        model = self.model
+        self._attention = AttentionSwitch(model.get_base_model() if hasattr(model, "get_base_model") else model)  # pyright: ignore
+        with self._attention.on():
+            self._packed = PackedModel(model)  # pyright: ignore[reportArgumentType]
+        self.engine = LeadEngine(pool, lead or LeadConfig(), self.args.device)
+        args = self.args
+        self._rounds = HostRounds(self.engine, samples_of, args.train_batch_size, args.gradient_accumulation_steps)
+        self._step_items, self._left_out = 0, False
+        self._first_order: FirstOrder | None = None
+        self.add_callback(_RoundCallback(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if not resume_from_checkpoint and self.engine.num_rounds:
+            raise RuntimeError(f"{type(self).__name__}.train: its budget is in use already; make a new trainer, or resume")
+        self._follow_weights()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _follow_weights(self) -> None:
+        """Shows estimators, and those that watch by now, the weights and gradients that they follow."""
+        self.engine.track(parameter for _, parameter in trained_parameters(self._packed))
+        self._first_order = next((e for e in self.engine.estimators.values() if isinstance(e, FirstOrder)), None)
+        if self._first_order is not None and self._first_order.sketch is None:
+            self._first_order.follow(self._packed.model, seed=self.engine.config.seed)
+
+    # Data.
+
+    def dataset_samples(self, index: np.ndarray | None = None) -> DatasetSamples:
+        """The samples of `train_dataset`, without the columns that the host removes; `index` as `DatasetSamples` takes it."""
+        dataset: Any = self.train_dataset
+        if hasattr(dataset, "column_names"):
+            return DatasetSamples(self._remove_unused_columns(dataset, "training"), self.data_collator, index)
+        return DatasetSamples(dataset, self._get_collator_with_removed_columns(self.data_collator, "training"), index)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches of one round after another, without a length.
+
+        Not prepared by accelerate, whose loaders fetch a batch ahead to find out which is the last. Its generator is its
+        own: an iterator draws a seed, which must not come out of the run's random numbers when it resumes.
+        """
+        pin_memory = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+        return DataLoader(_Stream(self._micro_batches), batch_size=None, pin_memory=pin_memory, generator=torch.Generator())
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        batches = list(islice(epoch_iterator, num_batches))
+        self._step_items = max(1, sum(batch["num_items"] for batch in batches))
+        return batches, self._step_items
+
+    def _micro_batches(self) -> Iterator[dict[str, Any]]:
+        rounds = self._rounds
+        while rounds.open is not None or rounds.begin():
+            self._expect_end()
+            yield from rounds.batches()
+            if rounds.open is not None:
+                raise RuntimeError(
+                    f"{type(self).__name__}: a batch was asked for before the last step of round "
+                    f"{rounds.open.round.number} was taken; nothing may read ahead of a round"
+                )
+        # No row is left before the budget is used, or the run that resumes was complete.
+        self.state.max_steps = self.state.global_step
+        self.control.should_training_stop = True
+        self.control.should_save = self.args.save_strategy == "steps"
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
+        """One epoch, longer than any run: the last round ends it."""
+        rounds, step_size = self._rounds, self.get_total_train_batch_size(args)
+        most, samples, steps = rounds.most_steps(), self.engine.budget, rounds.estimated_steps()
+        if args.max_steps > 0:
+            samples, steps = min(samples, args.max_steps * step_size), args.max_steps
+        return 1, most, samples, samples, step_size, most * rounds.accumulation, steps
+
+    def _expect_end(self) -> None:
+        """Tells the host how many steps the run has: an estimate above those taken, until the last round says it exactly."""
+        opened = self._rounds.open
+        assert opened is not None
+        end = self.state.global_step + opened.num_steps - opened.steps_done
+        last, limit = self.engine.num_used >= self.engine.budget, self.args.max_steps
+        if limit > 0:
+            self.state.max_steps = min(limit, end) if last else limit
+        else:
+            rest = round((1.0 - self.engine.progress) * self._rounds.estimated_steps())
+            self.state.max_steps = end if last else end + max(1, rest)
+        for callback in self.callback_handler.callbacks:
+            if (bar := getattr(callback, "training_bar", None)) is not None:
+                bar.total = self.state.max_steps
+
+    # The step.
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if not len(inputs["rows"]):
+            return torch.zeros((), device=self.args.device)
+        with self._attention.on(), self._sketched(inputs, num_items_in_batch):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _sketched(self, inputs: dict[str, Any], num_items: int) -> AbstractContextManager[None]:
+        if self._first_order is None:
+            return nullcontext()
+        batch, scaler = PackedBatch(**inputs), self.accelerator.scaler
+        upstream = (1.0 if scaler is None else scaler.get_scale()) / num_items
+        return self._first_order.collect(batch.rows, batch.cu_seqlens, batch.sample_items, upstream)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The fused loss of a packed batch, observed by the engine; any other batch (evaluation) is the host's."""
+        if "cu_seqlens" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        batch = PackedBatch(**inputs)
+        with self.accelerator.autocast():
+            out = self._packed(batch, num_items=num_items_in_batch)
+        self._rounds.observe(batch, out.samples)
+        return (out.loss, out) if return_outputs else out.loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's; leaves out a step whose gradient is not finite. In fp16 the gradient scaler does that itself."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self._left_out = self.accelerator.scaler is None and not bool(torch.isfinite(torch.as_tensor(norm)))
+        if self._left_out:
+            logger.warning("a gradient is not finite: its optimizer step is left out")
+            self._packed.zero_grad(set_to_none=True)
+        return norm
+
+    def step_taken(self, lr: float) -> None:
+        """After each optimizer step, with the learning rate it used."""
+        left_out = self._left_out or self.accelerator.optimizer_step_was_skipped
+        self._rounds.step(0.0 if left_out else lr, self._step_items)
+        if self._first_order is not None:
+            self._first_order.stepped()
+
+    def step_ended(self) -> None:
+        """After the host counted the step: a round whose last step it was is closed."""
+        opened = self._rounds.open
+        assert opened is not None
+        self.state.epoch = self._rounds.progress
+        if opened.steps_done == opened.num_steps:
+            self._close_round()
+
+    def train_ended(self) -> None:
+        """A host that stops in the middle of a round leaves it closed: its rows so far count."""
+        if self._rounds.open is not None:
+            self._close_round()
+
+    def _close_round(self) -> None:
+        metrics = self._rounds.end()
+        if self.args.logging_strategy != "no":
+            should_log = self.control.should_log
+            self.log(metrics)
+            self.control.should_log = should_log  # the host's own line is still due
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """The host's schedule; one that it made, of a number of steps that is an estimate, runs on progress instead."""
+        given = self.lr_scheduler
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if scheduler is not given and isinstance(scheduler, LambdaLR) and self.args.max_steps <= 0:
+            scheduler.lr_lambdas = [self._on_progress(factor, num_training_steps) for factor in scheduler.lr_lambdas]
+        return scheduler
+
+    def _on_progress(self, factor: Callable[[Any], float], num_steps: int) -> Callable[[Any], float]:
+        # A plain function: the host pickles the state of any other callable.
+        return lambda _: factor(self._rounds.progress * num_steps)
+
+    # Checkpoints: the engine's state lies beside the optimizer's.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_state(os.path.join(output_dir, STATE_FILE), self._rounds.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._rounds.load_state_dict(load_state(os.path.join(checkpoint, STATE_FILE)))
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        super()._init_training_state(*args, **kwargs)
+        return 0, 0  # nothing to skip: the rounds know their position
+
+
+class _Stream(IterableDataset):
+    def __init__(self, make: Callable[[], Iterator[dict[str, Any]]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._make()
+
+
+class _RoundCallback(TrainerCallback):
+    """Steps and ends of rounds, at the host's own events."""
+
+    def __init__(self, trainer: LeadRounds) -> None:
+        self._trainer = trainer
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.step_taken(float(kwargs["optimizer"].param_groups[0]["lr"]))  # the schedule has not moved on yet
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.step_ended()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.train_ended()
+
+
+class LeadTrainer(LeadRounds, Trainer):
+    """transformers' Trainer with LEAD inside: the usual arguments, `pool` and `lead`.
+
+    Args:
+        *args, **kwargs: as `transformers.Trainer` takes them. With `train_dataset`, row i of the pool is `train_dataset[i]`,
+            and `data_collator` makes its `input_ids` and `labels`. Without, the pool's own text is tokenized by the chat
+            template of `processing_class`, and only assistant turns are supervised.
+        pool: rows with `arm` and `utility`, as `lead-fast prepare` writes them or `Pool.from_arrays` takes them.
+        lead: how to choose; None is `LeadConfig()`.
+        max_length: tokens of a sample made of the pool's text; longer prompts are cut from the left.
+
+    Raises:
+        ValueError: an argument or a model that packing, rounds or the fused loss cannot serve; the message names it.
+
+    Logs, beside the host's, a line a round: lead/round, lead/arm, lead/reward, lead/scaled_reward, lead/prob_K,
+    lead/mean_loss, lead/samples, lead/quarantined, lead/steps, lead/tokens, lead/supervised_tokens, lead/rows_used,
+    lead/progress, lead/calibration_*.
+
+    Determinism: a run resumed from a checkpoint, also one in the middle of a round, ends with the rows and on a CPU with the
+    bits of weights of the run that was not interrupted.
+    """
+
+    def __init__(self, *args: Any, pool: Pool, lead: LeadConfig | None = None, max_length: int = 1024, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.train_dataset is None:
+            tokenizer: Any = self.processing_class
+            if tokenizer is None:
+                raise ValueError(
+                    "LeadTrainer: `processing_class` must be a tokenizer where there is no `train_dataset`, got None"
+                )
+            samples: Callable[[Sequence[int]], list[Sample]] = ChatSamples(pool, tokenizer, max_length)
+        else:
+            dataset: Any = self.train_dataset
+            if not hasattr(dataset, "__len__") or len(dataset) != len(pool):
+                got = f"{len(dataset)} rows" if hasattr(dataset, "__len__") else type(dataset).__name__
+                raise ValueError(f"LeadTrainer: `train_dataset` must have the pool's {len(pool)} rows in order, got {got}")
+            samples = self.dataset_samples()
+        self.start_rounds(pool, lead, samples)
+
+    def train_ended(self) -> None:
+        super().train_ended()
+        samples = self._rounds.samples_of
+        if isinstance(samples, ChatSamples) and (samples.encoder.cuts.prompts or samples.encoder.cuts.answers):
+            logger.warning("%s", samples.encoder.cuts)

@@ -1,0 +1,89 @@
+"""`LeadSFTTrainer`: TRL's SFTTrainer on the samples that LEAD chooses while it trains.
+
+Dataset formats, chat templates, masks (`completion_only_loss`, `assistant_only_loss`), truncation, `peft_config` and
+evaluation are the host's; rounds, packing and the fused loss are those of `lead_fast.integrations.transformers`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+from lead_fast.config import LeadConfig
+from lead_fast.integrations.transformers import LeadRounds
+from lead_fast.pool import Pool
+
+logger = logging.getLogger(__name__)
+
+ROW = "lead_row"
+
+
+class LeadSFTTrainer(LeadRounds, SFTTrainer):
+    """TRL's SFTTrainer with LEAD inside: the usual arguments, `pool` and `lead`.
+
+    Args:
+        model, args, **kwargs: as `trl.SFTTrainer` takes them. `per_device_train_batch_size` is the samples packed, without
+            padding, into a micro-batch; `packing` stays off.
+        train_dataset: a `datasets.Dataset` whose row i is row i of the pool; None makes one of the pool's own messages.
+            Rows that the host drops (nothing supervised is left after truncation) are set aside.
+        pool: rows with `arm` and `utility`, as `lead-fast prepare` writes them or `Pool.from_arrays` takes them. Utilities
+            are means over supervised tokens: give the masks of the run that measured them, usually assistant turns only.
+        lead: how to choose; None is `LeadConfig()`.
+
+    Raises:
+        ValueError: an argument or a model that packing, rounds or the fused loss cannot serve; the message names it.
+
+    Of the host's metrics `num_tokens` is logged while training; `entropy` and `mean_token_accuracy` need the logits, which
+    the fused loss never has. They are logged by evaluation. The rounds' metrics are those of `LeadTrainer`.
+    """
+
+    def __init__(
+        self, model: Any, args: Any = None, *, pool: Pool, lead: LeadConfig | None = None,
+        train_dataset: Dataset | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        for name, expected in (("packing", False), ("loss_type", "nll")):
+            if (got := getattr(args, name, expected)) != expected:
+                raise ValueError(
+                    f"LeadSFTTrainer: `{name}` must be {expected!r}, got {got!r}: rounds pack and score by themselves"
+                )
+        if train_dataset is None:
+            if not pool.has_text:
+                raise ValueError("LeadSFTTrainer: `pool` must have text where there is no `train_dataset`, got arrays alone")
+            train_dataset = Dataset.from_dict({"messages": list(pool.iter_messages())})
+        if not isinstance(train_dataset, Dataset) or len(train_dataset) != len(pool):
+            got = f"{len(train_dataset)} rows" if isinstance(train_dataset, Dataset) else type(train_dataset).__name__
+            raise ValueError(f"LeadSFTTrainer: `train_dataset` must be a Dataset of the pool's {len(pool)} rows, got {got}")
+        rows = np.arange(len(pool))
+        # The host shuffles, tokenizes and drops rows; this column says which are left, and where.
+        super().__init__(model, args, train_dataset=train_dataset.add_column(ROW, rows), **kwargs)  # pyright: ignore
+        if self._is_vision_dataset:
+            raise ValueError("LeadSFTTrainer: `train_dataset` must be text, got images")
+        settings: Any = self.args
+        if not (settings.assistant_only_loss or self.completion_only_loss):
+            logger.warning(
+                "every token is supervised: the pool's utilities must be losses over all tokens too, or set assistant_only_loss"
+            )
+        left: Any = self.train_dataset
+        kept = left.select_columns(ROW).with_format("numpy")[:][ROW]
+        index = np.full(len(pool), -1, np.int64)
+        index[kept] = np.arange(len(kept))
+        if len(kept) < len(pool):
+            dropped = index < 0
+            logger.warning("%d of %d rows have nothing to learn from after truncation: set aside", dropped.sum(), len(pool))
+            pool = pool.with_arrays(aside=pool.aside | dropped)
+        self.start_rounds(pool, lead, self.dataset_samples(index))
+        if self.aux_loss_enabled:
+            causal: Any = self._packed.causal_lm
+            causal.router_aux_loss_coef = self.router_aux_loss_coef  # the host's argument, which only its own loss reads
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if "cu_seqlens" in inputs:
+            self._total_train_tokens += inputs["input_ids"].numel()
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -1,0 +1,136 @@
+"""What a front end refuses, and how it says so; how a round is cut into steps."""
+
+import types
+
+import pytest
+import torch
+from host_runs import CHOICE, N, TokenRows, arguments, array_pool, lead_trainer, tiny, words_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import IterableDataset
+from transformers import DataCollatorForLanguageModeling
+
+import lead_fast as lf
+from lead_fast.integrations.rounds import HostRounds
+from lead_fast.integrations.samples import DatasetSamples
+from lead_fast.integrations.transformers import LeadTrainer
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataloader_num_workers": 2}, "`dataloader_num_workers` must be 0: workers read ahead of the round, got 2"),
+        ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` must be 'random'"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` must be 0"),
+        ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` must be None"),
+        ({"auto_find_batch_size": True}, "`auto_find_batch_size` must be False"),
+        ({"torch_compile": True}, "`torch_compile` must be False"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_arguments_that_cannot_be_right_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=f"LeadTrainer: {message}"):
+        lead_trainer(tmp_path, **options)
+
+
+def test_functions_in_the_place_of_the_fused_loss_or_the_model_are_refused(tmp_path):
+    made = dict(args=arguments(tmp_path), train_dataset=TokenRows(), pool=array_pool(), lead=CHOICE)
+    with pytest.raises(ValueError, match="`compute_loss_func` must be None"):
+        LeadTrainer(tiny(), compute_loss_func=lambda *_: 0, **made)
+    with pytest.raises(ValueError, match="`model_init` must be None"):
+        LeadTrainer(model_init=lambda: tiny(), **made)
+
+
+def test_several_processes_and_devices_are_refused(tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="several processes are not served yet"):
+        lead_trainer(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="make one GPU visible"):
+        lead_trainer(tmp_path)
+
+
+def test_models_that_cannot_be_served_are_refused(tmp_path):
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    prompt = get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="learned prompt"):
+        lead_trainer(tmp_path, prompt)
+    with pytest.raises(ValueError, match=r"plain nn\.Linear without adapter"):
+        lead_trainer(tmp_path, get_peft_model(tiny(), LoraConfig(target_modules=["lm_head"])))
+
+
+def test_datasets_that_do_not_fit_the_pool_are_refused(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(TokenRows())
+
+    with pytest.raises(ValueError, match=f"must have the pool's 7 rows in order, got {N} rows"):
+        lead_trainer(tmp_path, pool=array_pool(n=7))
+    with pytest.raises(ValueError, match="must have the pool's 60 rows in order, got Stream"):
+        lead_trainer(tmp_path, dataset=Stream(), max_steps=3)
+    with pytest.raises(ValueError, match="`pool` must have text where there is no `train_dataset`"):
+        LeadTrainer(tiny(), arguments(tmp_path), pool=array_pool(), processing_class=words_tokenizer())
+    with pytest.raises(ValueError, match="`processing_class` must be a tokenizer"):
+        LeadTrainer(tiny(), arguments(tmp_path), pool=array_pool())
+    with pytest.raises(ValueError, match=r"`pool\.utility` must be set"):
+        lead_trainer(tmp_path, pool=lf.Pool.from_arrays(arm=[0] * N))
+
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": IDS}, "must have `input_ids` and `labels` after the collator"),
+        ({"input_ids": IDS, "labels": IDS, "pixel_values": IDS}, r"has \['pixel_values'\]"),
+        ({"input_ids": IDS, "labels": IDS + 1}, "labels that are its input_ids or -100"),
+        ({"input_ids": IDS, "labels": IDS[:, :2]}, "a label a token, got 2 for 4"),
+        ({"input_ids": IDS, "labels": IDS, "attention_mask": torch.zeros(1, 4)}, "must have a token, got none"),
+        ({"input_ids": IDS, "labels": IDS, "position_ids": torch.tensor([[0, 1, 0, 1]])}, "other `position_ids`"),
+    ],
+    ids=["labels", "images", "shifted", "short", "empty", "packed"],
+)
+def test_rows_that_are_no_samples_are_refused(batch, message):
+    with pytest.raises(ValueError, match=f"train_dataset: row 0 .*{message}"):
+        DatasetSamples([None], lambda items: batch)([0])
+
+
+def test_masked_language_modelling_is_refused(tmp_path):
+    rows = TokenRows(masked=False)
+    collator = DataCollatorForLanguageModeling(words_tokenizer_with_mask(), mlm=True, mlm_probability=0.9)
+    with pytest.raises(ValueError, match="labels that are its input_ids or -100"):
+        lead_trainer(tmp_path, dataset=rows, data_collator=collator).train()
+
+
+def words_tokenizer_with_mask():
+    tokenizer = words_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    return tokenizer
+
+
+def test_padding_of_the_hosts_collator_is_left_out():
+    ids, mask = torch.tensor([[0, 0, 5, 6, 7, 0]]), torch.tensor([[0, 0, 1, 1, 1, 0]])
+    batch = {"input_ids": ids, "labels": torch.tensor([[-100, -100, -100, 6, 7, -100]]), "attention_mask": mask}
+    (sample,) = DatasetSamples([None], lambda items: batch)([0])
+    assert sample.input_ids.tolist() == [5, 6, 7] and sample.supervised.tolist() == [False, True, True]
+
+
+@settings(max_examples=300, deadline=None)
+@given(num_rows=st.integers(1, 200), batch_size=st.integers(1, 9), accumulation=st.integers(1, 9))
+def test_a_round_fills_whole_optimizer_steps(num_rows, batch_size, accumulation):
+    engine = types.SimpleNamespace(num_used=0)
+    rounds = HostRounds(engine, list, batch_size, accumulation)
+    rows = torch.arange(num_rows).flip(0)
+    opened = rounds._opened(types.SimpleNamespace(rows=rows), 0)
+    parts = opened.micro_batches
+    assert [row for part in parts for row in part] == rows.tolist()
+    assert len(parts) == opened.num_steps * accumulation
+    assert opened.num_steps == -(-num_rows // (batch_size * accumulation))  # as few steps as the host's batch size allows
+    assert max(map(len, parts)) <= batch_size
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert all(parts[i] for i in range(accumulation - 1, len(parts), accumulation))  # a step ends with a real micro-batch

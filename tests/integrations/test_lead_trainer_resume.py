@@ -1,0 +1,119 @@
+"""A run that stops at a checkpoint and resumes is the run that was not interrupted."""
+
+import pytest
+import torch
+from host_runs import CHOICE, TokenRows, array_pool, lead_trainer, lora, tiny
+from transformers import TrainerCallback
+
+import lead_fast as lf
+
+
+class StopAfter(TrainerCallback):
+    """What an interruption leaves: a checkpoint after `step`, and nothing of what came later."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+def trainer(folder, estimator, callbacks=None, **options):
+    lead = lf.LeadConfig(budget=30, rate=0.5, min_rounds=5, estimator=estimator)
+    # Dropout draws from the generator whose state the host saves.
+    return lead_trainer(
+        folder, lora(tiny(), dropout=0.3), lead=lead, callbacks=callbacks, gradient_accumulation_steps=1,
+        per_device_train_batch_size=2, logging_strategy="steps", logging_steps=1, lr_scheduler_type="cosine", warmup_steps=3,
+        **options,
+    )  # fmt: skip
+
+
+def outcome(run):
+    rounds = [{k: v for k, v in line.items() if k != "step"} for line in run.state.log_history if "lead/round" in line]
+    losses = [(line["step"], line["loss"], line["learning_rate"]) for line in run.state.log_history if "loss" in line]
+    return run.engine.selected(), rounds, losses, run.state.global_step
+
+
+@pytest.mark.parametrize("estimator", ["grad_norm", "historical", "first_order"])
+@pytest.mark.parametrize("step", [4, 6, 8], ids=["in a round", "at its end", "in another"])
+def test_a_resumed_run_is_identical(estimator, step, tmp_path):
+    whole = trainer(tmp_path / "whole", estimator)
+    whole.train()
+    stopped = trainer(tmp_path / "parts", estimator, [StopAfter(step)], save_strategy="steps", save_steps=1000)
+    stopped.train()
+    inside = whole.state.log_history  # rounds of three steps: 4 and 8 are inside one
+    assert [line["step"] for line in inside if "lead/round" in line][:2] == [3, 6]
+    resumed = trainer(tmp_path / "parts", estimator, save_strategy="steps", save_steps=1000)
+    resumed.train(resume_from_checkpoint=True)
+    assert outcome(resumed) == outcome(whole)
+    ours, theirs = (dict(run.model.named_parameters()) for run in (resumed, whole))
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in ours.items())
+    assert resumed.state.max_steps == whole.state.max_steps == whole.state.global_step
+
+
+def test_every_checkpoint_of_a_run_resumes_to_its_end(tmp_path):
+    whole = trainer(tmp_path, "grad_norm", save_strategy="steps", save_steps=1)
+    whole.train()
+    for step in (1, 2, 3, whole.state.global_step):
+        resumed = trainer(tmp_path / "again", "grad_norm")
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert resumed.engine.selected() == whole.engine.selected()
+        theirs = dict(whole.model.named_parameters())
+        assert all(torch.equal(p, theirs[name]) for name, p in resumed.model.named_parameters())
+
+
+def test_a_run_may_be_interrupted_twice_in_one_round(tmp_path):
+    whole = trainer(tmp_path / "whole", "historical")
+    whole.train()
+    for step in (4, 5, None):  # both inside the second round
+        callbacks = None if step is None else [StopAfter(step)]
+        run = trainer(tmp_path / "parts", "historical", callbacks, save_strategy="steps", save_steps=1000)
+        run.train(resume_from_checkpoint=None if step == 4 else True)
+    assert outcome(run) == outcome(whole)
+    theirs = dict(whole.model.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in run.model.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    lead_trainer(folder, callbacks=[StopAfter(3)], save_strategy="steps", save_steps=1000).train()
+    return folder / "checkpoint-3"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lead": lf.LeadConfig(budget=30, rate=0.3, min_rounds=6, seed=1)}, r"seed \(began with 0, got 1\)"),
+        ({"gradient_accumulation_steps": 1}, r"accumulation \(began with 2, got 1\)"),
+        ({"pool": array_pool(seed=1)}, "pool .*changed"),
+    ],
+    ids=["seed", "accumulation", "pool"],
+)
+def test_other_settings_are_refused(options, message, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        lead_trainer(tmp_path, **options).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_without_the_engines_state_is_refused(checkpoint, tmp_path):
+    (checkpoint / "lead_state.safetensors").rename(tmp_path / "moved")
+    try:
+        with pytest.raises(ValueError, match=r"expected a file at .*lead_state\.safetensors"):
+            lead_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+    finally:
+        (tmp_path / "moved").rename(checkpoint / "lead_state.safetensors")
+
+
+def test_save_only_model_saves_no_engine(tmp_path):
+    lead_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2, save_only_model=True).train()
+    assert (tmp_path / "checkpoint-2").is_dir()
+    assert not list(tmp_path.rglob("lead_state.safetensors"))
+
+
+def test_the_state_has_no_pickle(checkpoint):
+    data = (checkpoint / "lead_state.safetensors").read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    assert data[8:9] == b"{" and len(data) > 8 + header
+    assert CHOICE.resolve().preset.encode() in data[8 : 8 + header]
+    assert len(TokenRows()) == 60
