@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.metadata
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,13 @@ class Measured:
         return statistics.median(a / b for a, b in zip(self.times_ms, other.times_ms, strict=True))
 
 
-def interleave(contenders: dict[str, Callable[[], Call]], rounds: int) -> dict[str, Measured]:
+def interleave(contenders: dict[str, Callable[[], Call]], rounds: int, required: Collection[str] = ()) -> dict[str, Measured]:
     """Measures every contender `rounds` times, round by round, after one call each that warms up and shows memory.
 
     Args:
         contenders: name -> what prepares the contender and returns the measured call, or raises CannotRunError.
         rounds: measured calls of each.
+        required: names whose failure ends the measurement; any other is named in the table with its error.
     """
     measured, calls = {}, {}
     for name, prepare in contenders.items():
@@ -58,10 +60,16 @@ def interleave(contenders: dict[str, Callable[[], Call]], rounds: int) -> dict[s
         try:
             call = prepare()
             call()
+            measured[name].peak_mib = peak_mib(call)
         except CannotRunError as reason:
             measured[name].refused = str(reason)
             continue
-        measured[name].peak_mib = peak_mib(call)
+        except Exception as error:
+            if name in required:
+                raise
+            # One peer that fails on this machine must not cost the others their numbers; the table says why.
+            measured[name].refused = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
         calls[name] = call
     for _ in range(rounds):
         for name, call in calls.items():
@@ -114,6 +122,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load average": f"{os.getloadavg()[0]:.1f}",
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "python": platform.python_version(),
         "commit": commit or "not in a repository",
     }
@@ -128,6 +137,13 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _output(*command: str) -> str:

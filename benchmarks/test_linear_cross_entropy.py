@@ -142,7 +142,7 @@ class Inputs:
 def floor(case: Case) -> Call:
     given = Inputs(case)
     hidden, weight = given.hidden.detach(), given.weight.detach()
-    if given.token_index is not None and case.device == "cuda":
+    if given.token_index is not None:
         hidden = hidden[given.token_index]  # the products that are needed, as this package runs them
     logits = hidden.new_empty(len(hidden), case.vocab)
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -285,7 +285,7 @@ def bind(function: Callable[..., Call], *arguments: Any) -> Callable[[], Call]:
 
 
 def measure(case: Case, names: tuple[str, ...], rounds: int) -> dict[str, Measured]:
-    return interleave({name: bind(CONTENDERS[name], case) for name in names}, rounds)
+    return interleave({name: bind(CONTENDERS[name], case) for name in names}, rounds, required=SHORT)
 
 
 def measure_stats(case: Case, rounds: int) -> dict[str, Measured]:
@@ -300,7 +300,7 @@ def case_table(case: Case, measured: dict[str, Measured]) -> list[str]:
         "| | median ms | min to max | x floor | lead-fast is faster by | peak MiB | % of plain's |",
         "|---|---|---|---|---|---|---|",
     ]
-    base = measured[PLAIN].peak_mib
+    base = measured[PLAIN].peak_mib or 1.0
     for name, m in measured.items():
         if m.refused is not None:
             rows.append(f"| {name} | does not run: {m.refused} | | | | | |")
@@ -330,19 +330,34 @@ def stats_table(case: Case, results: dict[int, dict[str, Measured]]) -> list[str
 
 
 def write(folder: Path, rounds: int, device: str) -> None:
+    """Measures case by case; the files are whole after each, so that a run cut short leaves what it has."""
     logging.getLogger("torch").setLevel(logging.ERROR)
+    main, lengths = (CUDA_MAIN, CUDA_SAMPLE_TOKENS) if device == "cuda" else (MAIN, SAMPLE_TOKENS)
+    results: list[tuple[Case, dict[str, Measured]]] = []
+    stats: dict[int, dict[str, Measured]] = {}
     everything = tuple(CONTENDERS)
-    if device == "cuda":
-        main, lengths = CUDA_MAIN, CUDA_SAMPLE_TOKENS
-        results = [(case, measure(case, everything, rounds)) for case in CUDA_CASES]
-    else:
-        main, lengths = MAIN, SAMPLE_TOKENS
-        results = [(case, measure(case, everything, rounds)) for case in FULL_CASES]
-        results += [(case, measure(case, SHORT, rounds)) for case in SHORT_CASES]
+    cases = [(case, everything) for case in (CUDA_CASES if device == "cuda" else FULL_CASES)]
+    cases += [(case, SHORT) for case in (() if device == "cuda" else SHORT_CASES)]
+    for case, names in cases:
+        results.append((case, measure(case, names, rounds)))
+        publish(folder, device, rounds, main, results, stats)
+    for tokens in lengths:
+        stats[tokens] = measure_stats(replace(main, sample=tokens), rounds)
+    publish(folder, device, rounds, main, results, stats)
     case = model_case(device, main.dtype)
     results.append((case, measure(case, everything, rounds)))
-    stats = {n: measure_stats(replace(main, sample=n), rounds) for n in lengths}
+    print(publish(folder, device, rounds, main, results, stats))
 
+
+def publish(
+    folder: Path,
+    device: str,
+    rounds: int,
+    main: Case,
+    results: list[tuple[Case, dict[str, Measured]]],
+    stats: dict[int, dict[str, Measured]],
+) -> str:
+    """Writes Markdown and JSON of what was measured so far, and returns the Markdown."""
     place = machine()
     lines = [
         f"# linear_cross_entropy on {'a GPU' if device == 'cuda' else 'the CPU'}",
@@ -356,16 +371,18 @@ def write(folder: Path, rounds: int, device: str) -> None:
     ]
     for case, measured in results:
         lines += case_table(case, measured)
-    lines += stats_table(main, stats)
+    if stats:
+        lines += stats_table(main, stats)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"linear_cross_entropy_{device}.md").write_text("\n".join(lines))
+    text = "\n".join(lines)
+    (folder / f"linear_cross_entropy_{device}.md").write_text(text)
     record = {
         "machine": place,
         "cases": [{**asdict(c), "dtype": str(c.dtype), "results": [asdict(m) for m in r.values()]} for c, r in results],
         "statistics": {n: [asdict(m) for m in r.values()] for n, r in stats.items()},
     }
     (folder / f"linear_cross_entropy_{device}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print("\n".join(lines))
+    return text
 
 
 if __name__ == "__main__":

@@ -64,10 +64,12 @@ def lm_head(model: PreTrainedModel) -> Head:
             f"{type(head).__module__}.{type(head).__name__}; take it out of the LoRA target modules or modules_to_save"
         )
     weight = head.weight
-    if type(weight.data).__name__ == "DTensor" or weight.dim() != 2 or not weight.is_floating_point():
+    whole = weight.shape == (head.out_features, head.in_features) and not weight.is_meta
+    if type(weight.data).__name__ == "DTensor" or not whole or not weight.is_floating_point():
         raise ValueError(
-            f"lm_head: the head weight of {name} must be one whole floating point [V, H] tensor, "
-            f"got {type(weight.data).__name__} {weight.dtype} {list(weight.shape)}"
+            f"lm_head: the head weight of {name} must be one whole floating point "
+            f"[{head.out_features}, {head.in_features}] tensor, "
+            f"got {type(weight.data).__name__} {weight.dtype} {list(weight.shape)} on {weight.device}"
         )
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lead_fast import extension, reference
 
@@ -56,7 +57,8 @@ class SampleStats(NamedTuple):
     hidden_grad_sq: Tensor
     """Mean over supervised tokens of ||d_t||^2, d_t the gradient of the token's nll at h_t. NaN with `stats="loss"`."""
     grad_norm_sq: Tensor
-    """|| sum_t d_t h_t^T ||_F^2, G_i of the specification. NaN with `stats="loss"`."""
+    """|| sum_t d_t h_t^T ||_F^2, G_i of the specification, at least 0. NaN with `stats="loss"`. Where the tokens' gradients
+    cancel, what is left is rounding of the order of eps * (sum_t ||d_t|| ||h_t||)^2."""
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -119,8 +121,8 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: a tensor of the wrong dtype.
-        ValueError: a wrong shape, device or option. Values of `cu_seqlens` and `token_index` are checked on the CPU; on
-            CUDA a wrong `cu_seqlens` trips a device-side assertion.
+        ValueError: a wrong shape, device or option. Values of `cu_seqlens` and `token_index` are checked on the CPU, outside
+            torch.compile; on CUDA a wrong `cu_seqlens` trips a device-side assertion.
         RuntimeError: `backend` names one that is not available here.
         NotImplementedError: on backward with create_graph=True.
 
@@ -182,9 +184,16 @@ def bad_label_count(*, reset: bool = False) -> int:
 def _count_bad_labels(bad_labels: Tensor) -> None:
     counter = _bad_labels.get(bad_labels.device)
     if counter is None:
-        _bad_labels[bad_labels.device] = bad_labels.clone()
-    else:
+        if _is_fake(bad_labels) or (bad_labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return  # a counter made here would not outlive the trace, or would belong to the graph
+        with torch.inference_mode(False):  # a tensor of inference mode could never count in training
+            counter = _bad_labels[bad_labels.device] = torch.zeros_like(bad_labels)
+    if not _is_fake(bad_labels):
         counter.add_(bad_labels)
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and isinstance(tensor, FakeTensor)
 
 
 def _token_scale(

@@ -224,3 +224,46 @@ def test_more_than_2_31_logits(backend: tuple[str, str]) -> None:
     torch.testing.assert_close(gradient[last].double().cpu(), truth["hidden"], rtol=1e-3, atol=1e-4)
     assert out.samples is not None and out.samples.num_tokens.item() == tokens
     assert plain_stats(case, torch.float64).num_tokens.item() == 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_norm_is_never_negative(backend: tuple[str, str]) -> None:
+    """Equal hidden states under a head that gives them equal logits, labels in balance: the samples' gradients are 0."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        hidden, weight = torch.randn(1, 300, generator=generator), torch.randn(3, 300, generator=generator)
+        weight -= (weight @ hidden.T) @ hidden / hidden.square().sum()
+        labels = torch.arange(300 + 12) % 3
+        case = Case(hidden.repeat(len(labels), 1), weight, labels, torch.tensor([0, 300, 312]), options={"reduction": "sum"})
+        _, stats = run(case, backend)
+        assert (stats.grad_norm_sq >= 0.0).all() and stats.grad_norm_sq.max() < 1e4  # of 300^2 * ||d||^2 ||h||^2, about 1e9
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 3, 10_000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_number_may_say_ignored(backend: tuple[str, str], ignore_index: int) -> None:
+    case = make_case((6, 5, 7))
+    labels = case.labels.masked_fill(case.labels == -100, ignore_index)
+    masked = case.labels.masked_fill(labels == ignore_index, -100)  # label 3 is a word that is ignored, too
+    expected, expected_stats = run(Case(case.hidden, case.weight, masked, case.cu_seqlens, options=case.options), backend)
+    options = case.options | {"ignore_index": ignore_index}
+    found, stats = run(Case(case.hidden, case.weight, labels, case.cu_seqlens, options=options), backend)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert all(torch.equal(a, b) for a, b in zip(stats, expected_stats, strict=True))
+
+
+def test_a_first_call_without_gradients_leaves_training_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from lead_fast import ops
+
+    hidden, weight, labels = torch.randn(5, 8), torch.randn(11, 8), torch.tensor([1, 2, 3, 4, 99])
+    monkeypatch.setattr(ops, "_bad_labels", {})
+    with FakeTensorMode():
+        linear_cross_entropy(torch.randn(5, 8), torch.randn(11, 8), torch.zeros(5, dtype=torch.int64))
+    with torch.inference_mode():
+        linear_cross_entropy(hidden, weight, labels)
+    hidden.requires_grad_()
+    linear_cross_entropy(hidden, weight, labels).loss.backward()
+    assert bad_label_count(reset=True) == 2 and bad_label_count() == 0

@@ -106,13 +106,16 @@ std::vector<double> grad_norms(float* d, float* h, int64_t width, const std::vec
       if (n <= kSmall) norms[i] = small_gram(d + starts[i] * width, h + starts[i] * width, n, width);
     }
   });
-  if (longest <= kSmall) return norms;
-  LargeSample large(d, h, width, longest);
-  for (int64_t i = 0; i < samples; ++i) {
-    const int64_t n = starts[i + 1] - starts[i];
-    if (n > kSmall)
-      norms[i] = n <= width ? large.gram(starts[i], starts[i + 1]) : large.outer(starts[i], starts[i + 1]);
+  if (longest > kSmall) {
+    LargeSample large(d, h, width, longest);
+    for (int64_t i = 0; i < samples; ++i) {
+      const int64_t n = starts[i + 1] - starts[i];
+      if (n > kSmall)
+        norms[i] = n <= width ? large.gram(starts[i], starts[i + 1]) : large.outer(starts[i], starts[i + 1]);
+    }
   }
+  // Where a sample's gradients cancel, rounding may leave less than nothing; NaN stays.
+  for (double& norm : norms) norm = norm < 0 ? 0 : norm;
   return norms;
 }
 

@@ -38,10 +38,16 @@ from .card import card
 
 @triton.jit
 def capped(x, softcap, HAS_SOFTCAP: tl.constexpr):
-    """softcap(x) and its derivative; 1 - tanh^2 is taken as 4 e / (1 + e)^2, which keeps its digits near the cap."""
+    """softcap(x) and its derivative; 1 - tanh^2 is taken as 4 e / (1 + e)^2, which keeps its digits near the cap.
+
+    Far below the cap 1 - e has none: there tanh is its series.
+    """
     if HAS_SOFTCAP:
-        e = tl.exp(-2.0 * tl.abs(x / softcap))
-        tanh = (1.0 - e) / (1.0 + e)
+        t = tl.abs(x / softcap)
+        e = tl.exp(-2.0 * t)
+        u = t * t
+        series = t * (1.0 + u * (-1 / 3 + u * (2 / 15 + u * (-17 / 315 + u * (62 / 2835)))))
+        tanh = tl.where(t < 0.25, series, (1.0 - e) / (1.0 + e))
         return tl.where(x < 0, -softcap, softcap) * tanh, 4.0 * e / ((1.0 + e) * (1.0 + e))
     else:
         return x, 1.0

@@ -81,7 +81,8 @@ def _sample_stats_kernel(
         tl.store(stats_ptr + 3, _sum_range(d_sq_ptr, begin, end, BLOCK) * per_token)
         grams = _sum_range(gram_ptr, tl.load(first_gram_ptr + sample), tl.load(first_gram_ptr + sample + 1), BLOCK)
         outers = _sum_range(outer_ptr, tl.load(first_outer_ptr + sample), tl.load(first_outer_ptr + sample + 1), BLOCK)
-        tl.store(stats_ptr + 4, grams + outers)
+        norm = grams + outers
+        tl.store(stats_ptr + 4, tl.where(norm < 0.0, 0.0, norm))  # rounding, where gradients cancel; NaN stays
 
 
 # Starting guesses, not yet measured on any card.

@@ -56,6 +56,22 @@ def test_all_outputs(forward, dtype, softcap, logit_scale, bias):
     check(batch, forward)
 
 
+@pytest.mark.parametrize("softcap", [30.0, 1e3, 1e6, 1e8])
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_a_cap_far_above_the_logits_keeps_their_digits(forward, softcap):
+    check(make_batch(RAGGED, 24, 150, softcap=softcap), forward)
+
+
+def test_a_gradient_norm_is_never_negative():
+    """Equal hidden states under a head that gives them equal logits, labels in balance: the sample's gradient is 0."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(1, 16, generator=generator), torch.randn(3, 16, generator=generator)
+    weight -= (weight @ hidden.T) @ hidden / hidden.square().sum()
+    labels = torch.arange(12) % 3
+    out = lf.linear_cross_entropy(hidden.repeat(12, 1), weight, labels, torch.tensor([0, 12]), backend="triton")
+    assert 0.0 <= float(out.samples.grad_norm_sq[0]) < 1e-3
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_samples_longer_than_the_hidden_size(dtype):
     check(make_batch(LONG, 8, 40, dtype=dtype))
