@@ -4,8 +4,12 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import pytest
+
+pytest.importorskip("datasets", reason="LeadSFTTrainer takes the datasets of TRL")
+pytest.importorskip("trl", reason="LeadSFTTrainer stands on trl, which is not installed")
+
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from host_runs import array_pool, tiny, watch, words_tokenizer

@@ -2,8 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
+
+pytest.importorskip("datasets", reason="some of the host's data sets are those of datasets, which is not installed")
+
+import numpy as np
 import torch
 from datasets import Dataset
 from host_runs import FIVE_ROWS, TokenRows, Watcher, arguments, array_pool, lead_trainer, tiny, watch, words_tokenizer
