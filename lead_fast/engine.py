@@ -210,17 +210,15 @@ class LeadEngine:
         loss, num_tokens, grad_norm_sq = samples.loss, samples.num_tokens, samples.grad_norm_sq
         if loss.shape != rows.shape:
             raise ValueError(f"LeadEngine.observe: `samples` must have {len(rows)} entries, one a row, got {list(loss.shape)}")
-        if rows.device.type == "cpu" and len(rows) and not -1 <= int(rows.min()) <= int(rows.max()) < len(self.pool):
-            raise ValueError(f"LeadEngine.observe: `rows` must be in -1..{len(self.pool) - 1}, got {rows.tolist()}")
         rows = to_device(rows, self.device)
         loss, num_tokens, grad_norm_sq = (
             to_device(t, self.device).to(torch.float32).contiguous() for t in (loss, num_tokens, grad_norm_sq)
         )
         observation = Observation(self.clocks.num_steps, rows, loss, num_tokens, grad_norm_sq)
-        if self._shards is None:
-            self._take(observation)
-        else:
+        if self._shards is not None:
             self._shards.add(observation)
+            return
+        self._take(observation)
 
     def step(self, *, lr: float, num_items: float | Tensor) -> None:
         """Advances the clocks after an optimizer step.
@@ -314,11 +312,14 @@ class LeadEngine:
             now, clocks.num_steps = torch.full((1,), step, device=self.device), step
         if self._hooked or self.record_visits:
             self._show(rows, loss, num_tokens)
-        torch.ops.lead_fast.observe(
-            rows, loss, num_tokens, grad_norm_sq, now, table.position, table.arm, table.values, table.seen, table.flags,
-            table.left, clocks.counters, clocks.clock, clocks.unit, *self._pair_state, self.config.adam_beta1,
-            self.config.max_uses, self.groups.num_choosable,
-        )  # fmt: skip
+        try:
+            torch.ops.lead_fast.observe(
+                rows, loss, num_tokens, grad_norm_sq, now, table.position, table.arm, table.values, table.seen, table.flags,
+                table.left, clocks.counters, clocks.clock, clocks.unit, *self._pair_state, self.config.adam_beta1,
+                self.config.max_uses, self.groups.num_choosable,
+            )  # fmt: skip
+        except RuntimeError as error:  # what compiled kernels raise for a row number out of range
+            raise ValueError(f"LeadEngine.{error}") from error
         clocks.num_steps = steps
 
     def _show(self, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> None:

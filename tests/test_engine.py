@@ -129,8 +129,11 @@ def test_calls_out_of_turn_and_wrong_arguments_are_named():
         engine.observe(rows_of(batch).int(), samples(batch))
     with pytest.raises(ValueError, match=r"`samples` must have 1 entries"):
         engine.observe(rows_of(batch[:1]), samples(batch))
-    with pytest.raises(ValueError, match=r"`rows` must be in -1\.\.119, got"):
-        engine.observe(torch.tensor([0, 120]), samples(batch))
+    before = same_state(engine.state_dict(), engine.state_dict())
+    for rows in ([0, 120], [-2, 0]):
+        with pytest.raises(ValueError, match=r"observe: `rows` must be in \[-1, 120\), got"):
+            engine.observe(torch.tensor(rows), samples(batch))
+    assert before and int(engine.table.seen[1].sum()) == 0  # nothing was written
     with pytest.raises(ValueError, match="`lr` must be a finite number"):
         engine.step(lr=float("nan"), num_items=3)
 
