@@ -62,6 +62,7 @@ FULL_CASES = [
     MAIN,
     Case(1024, 576, 49152, trained=True),
     Case(1024, 576, 49152, ignored=0.5),
+    Case(1024, 576, 49152, trained=True, ignored=0.5),
 ]
 SHORT_CASES = [
     Case(1024, 576, 49152, peaked=True),

@@ -19,6 +19,7 @@ from lead_fast.kernels.single_pass_rows import put_targets, single_pass_rows
 from loss_batches import IGNORE, OUTPUTS, Batch, assert_close, gradient_statistics, make_batch
 
 import lead_fast as lf
+import lead_fast.ops  # defines the operators
 from lead_fast import reference
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
@@ -60,6 +61,19 @@ def test_all_outputs(forward, dtype, softcap, logit_scale, bias):
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_a_cap_far_above_the_logits_keeps_their_digits(forward, softcap):
     check(make_batch(RAGGED, 24, 150, softcap=softcap), forward)
+
+
+@pytest.mark.parametrize("weight_grad", [True, False])
+def test_torch_s_own_checks_pass(weight_grad):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator, requires_grad=True) for shape in ((7, 8), (11, 8), (11,)))
+    labels = torch.tensor([1, 2, -100, 4, 10, 0, 3])
+    scale, bounds = (labels != -100) * torch.rand(7, generator=generator), torch.tensor([0, 3, 3, 7])
+    flags = (True, weight_grad, weight_grad, reference.STATS_ALL)
+    arguments = (hidden, weight, bias, labels, bounds, scale, -100, 3.0, 0.7, *flags)
+    torch.library.opcheck(torch.ops.lead_fast.linear_cross_entropy.triton, arguments)
+    scaled = (torch.randn(5, 4, generator=generator), torch.randn(5, generator=generator), torch.float16)
+    torch.library.opcheck(torch.ops.lead_fast.scaled_gradient.triton, scaled)
 
 
 def test_a_gradient_norm_is_never_negative():
