@@ -222,7 +222,8 @@ def write(folder: Path, settings: list[Setting], num_pairs: int, device: str) ->
         f"# The estimation's price in a training step on {'a GPU' if device == 'cuda' else 'the CPU'}",
         "",
         (__doc__ or "").split("\n\n")[2].replace("\n", " "),
-        f"Written by `python benchmarks/test_estimation_price.py --device {device} --pairs {num_pairs}`.",
+        f"Written by `python benchmarks/test_estimation_price.py --device {device} --pairs {num_pairs} "
+        f"--step-tokens {settings[0].step_tokens}`.",
         "",
         "Machine: " + ", ".join(f"{key} {value}" for key, value in place.items()) + ".",
         "",
