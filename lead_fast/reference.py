@@ -82,8 +82,10 @@ def linear_cross_entropy(
     logits = logit_scale * logits
     slope: Tensor | float = logit_scale  # dz/da
     if softcap > 0:
-        logits = softcap * torch.tanh(logits / softcap)
-        slope = logit_scale * (1 - (logits / softcap) ** 2)
+        capped = logits / softcap
+        logits = softcap * torch.tanh(capped)
+        e = torch.exp(-2 * capped.abs())
+        slope = logit_scale * 4 * e / (1 + e) ** 2  # 1 - tanh^2, which itself has no digits left near the cap
     logits = logits.masked_fill(out_of_range[:, None], torch.nan)
 
     # The target is left out of `others`, so that nll and 1 - p_y keep their digits when p_y is near 1.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,22 @@ def test_cap_and_scale(
     backend: tuple[str, str], softcap: float | None, logit_scale: float, bias: bool, dtype: torch.dtype
 ) -> None:
     check(make_case(softcap=softcap, logit_scale=logit_scale, bias=bias, dtype=dtype), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cap_that_every_logit_has_reached(backend: tuple[str, str]) -> None:
+    """1 - tanh^2 from 1e-3 to 1e-13: the gradient keeps its digits where the difference itself has none left."""
+    case = make_case((6, 5), width=4, vocab=90, ignored=0, bias=True, softcap=0.5, reduction="none")
+    assert case.bias is not None
+    signs = torch.where(torch.arange(90) % 3 > 0, 1.0, -1.0)
+    case = replace(case, weight=case.weight * 0.1, bias=signs * torch.linspace(2.5, 7.5, 90))
+    found, stats = run(case, backend)
+    truth, true_stats = run_plain(case, torch.float64), plain_stats(case, torch.float64)
+    for name in ("hidden", "weight", "bias"):
+        size = truth[name].abs() if name == "bias" else truth[name].abs().amax(1, keepdim=True)
+        assert ((found[name] - truth[name]).abs() <= 5e-5 * size + 1e-16).all(), name
+    for name in ("hidden_grad_sq", "grad_norm_sq"):
+        torch.testing.assert_close(getattr(stats, name), getattr(true_stats, name), rtol=5e-5, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -205,7 +222,7 @@ def test_cpp_agrees_with_the_reference(lengths: list[int], width: int, vocab: in
 def test_other_instruction_sets(instruction_set: str) -> None:
     """The kernels that this CPU does not choose by itself, in a process of their own: the choice is made once."""
     environment = {**os.environ, "LEAD_FAST_CPU": instruction_set}
-    selected = "cpp and (test_cap_and_scale or test_shapes)"
+    selected = "cpp and (test_cap_and_scale or test_a_cap_that_every_logit_has_reached or test_shapes)"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selected]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:]

@@ -99,20 +99,28 @@ inline Floats exp_nonpositive(Floats x) {
   return x < -87.0f ? Floats{} : value;
 }
 
-// By expm1(-2|u|), so that small values keep their digits.
-inline Floats tanh_of(Floats u) {
+// tanh(u) and its derivative. By e = exp(-2|u|): tanh through e - 1, so that small values keep their digits, and the
+// derivative as 4 e / (1 + e)^2, since 1 - tanh^2 has none left near the cap.
+struct TanhParts {
+  Floats value, slope;
+};
+
+inline TanhParts tanh_parts(Floats u) {
   const Floats x = -2.0f * (u < 0 ? -u : u);
-  const ExpParts e = exp_parts(x);
-  const Floats expm1 = e.scale * e.fraction + (e.scale - 1.0f);
+  const ExpParts parts = exp_parts(x);
+  const Floats expm1 = parts.scale * parts.fraction + (parts.scale - 1.0f);
+  const Floats e = parts.scale * parts.fraction + parts.scale;
   const Floats magnitude = x < -87.0f ? broadcast(1.0f) : -expm1 / (2.0f + expm1);
-  return u < 0 ? -magnitude : magnitude;
+  const Floats slope = x < -87.0f ? Floats{} : 4.0f * e / ((1.0f + e) * (1.0f + e));
+  return {u < 0 ? -magnitude : magnitude, slope};
 }
 
 constexpr int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
 
-// a[begin, begin + n) as logits in `z`, padded to whole vectors with -inf.
+// a[begin, begin + n) as logits in `z`, padded to whole vectors with -inf; with a cap and unless null also their
+// derivatives dz/da in `slopes`.
 template <class Stored>
-inline void load_logits(const Stored* a, int64_t begin, int64_t n, const LogitMap& map, float* z) {
+inline void load_logits(const Stored* a, int64_t begin, int64_t n, const LogitMap& map, float* z, float* slopes) {
   const int64_t whole = n / kWidth * kWidth;
   for (int64_t i = 0; i < whole; i += kWidth) store(z + i, load(a + begin + i));
   if (whole < n) store(z + whole, load_tail(a + begin + whole, n - whole));
@@ -123,7 +131,11 @@ inline void load_logits(const Stored* a, int64_t begin, int64_t n, const LogitMa
     for (int64_t i = 0; i < n; i += kWidth) store(z + i, load(z + i) * map.logit_scale);
   }
   if (map.softcap > 0) {
-    for (int64_t i = 0; i < n; i += kWidth) store(z + i, map.softcap * tanh_of(load(z + i) / map.softcap));
+    for (int64_t i = 0; i < n; i += kWidth) {
+      const TanhParts tanh = tanh_parts(load(z + i) / map.softcap);
+      store(z + i, map.softcap * tanh.value);
+      if (slopes != nullptr) store(slopes + i, map.logit_scale * tanh.slope);
+    }
   }
   for (int64_t i = n; i < padded(n); ++i) z[i] = -INFINITY;
 }
@@ -136,13 +148,6 @@ inline void store_tail(Stored* p, Floats x, int64_t n) {
   memcpy(p, tail, n * sizeof(Stored));
 }
 
-// dz/da; with a cap z / softcap is the hyperbolic tangent.
-template <class Value>
-inline Value slope(Value z, const LogitMap& map) {
-  const Value t = z / map.softcap;
-  return map.logit_scale * (1.0f - t * t);
-}
-
 template <class Stored>
 RowLoss loss(Stored* a, int64_t label, const LogitMap& map, bool gradient) {
   alignas(64) float z[kBlock];
@@ -150,7 +155,7 @@ RowLoss loss(Stored* a, int64_t label, const LogitMap& map, bool gradient) {
   double others = 0;  // sum over v != label of exp(z_v - max_others)
   for (int64_t begin = 0; begin < map.vocab; begin += kBlock) {
     const int64_t n = map.vocab - begin < kBlock ? map.vocab - begin : kBlock;
-    load_logits(a, begin, n, map, z);
+    load_logits(a, begin, n, map, z, nullptr);
     if (begin <= label && label < begin + n) {
       z_label = z[label - begin];
       z[label - begin] = -INFINITY;
@@ -176,20 +181,20 @@ RowLoss loss(Stored* a, int64_t label, const LogitMap& map, bool gradient) {
 
   const float inverse = float(1 / total), label_grad = float(-others / total);
   double squares = double(label_grad) * label_grad;
+  alignas(64) float slopes[kBlock];
   for (int64_t begin = 0; begin < map.vocab; begin += kBlock) {
     const int64_t n = map.vocab - begin < kBlock ? map.vocab - begin : kBlock;
     const bool has_label = begin <= label && label < begin + n;
-    load_logits(a, begin, n, map, z);
+    load_logits(a, begin, n, map, z, slopes);
     if (has_label) z[label - begin] = -INFINITY;
     Floats block_squares{};
     for (int64_t i = 0; i < n; i += kWidth) {
-      const Floats logits = load(z + i);
-      const Floats p = exp_nonpositive(logits - max) * inverse;
+      const Floats p = exp_nonpositive(load(z + i) - max) * inverse;
       block_squares += p * p;
-      store(z + i, map.softcap > 0 ? p * slope(logits, map) : p * map.logit_scale);
+      store(z + i, map.softcap > 0 ? p * load(slopes + i) : p * map.logit_scale);
     }
     squares += sum(block_squares);
-    if (has_label) z[label - begin] = label_grad * (map.softcap > 0 ? slope(z_label, map) : map.logit_scale);
+    if (has_label) z[label - begin] = label_grad * (map.softcap > 0 ? slopes[label - begin] : map.logit_scale);
     const int64_t whole = n / kWidth * kWidth;
     for (int64_t i = 0; i < whole; i += kWidth) store(a + begin + i, load(z + i));
     if (whole < n) store_tail(a + begin + whole, load(z + whole), n - whole);
