@@ -84,6 +84,15 @@ def test_a_cap_that_every_logit_has_reached(backend: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_that_cancels_large_products(backend: tuple[str, str], dtype: torch.dtype) -> None:
+    """In bf16 a logit keeps the digits of the sum only where it is rounded after the bias was added."""
+    case = make_case((1,), width=16, vocab=60, ignored=0, dtype=dtype, spread=20.0, softcap=0.5)
+    bias = (torch.randn(60, dtype=torch.float64) - case.weight @ case.hidden[0]).to(dtype).double()
+    check(replace(case, bias=bias), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_token_weights_index_and_num_items(backend: tuple[str, str], reduction: str) -> None:
     case = make_case(reduction=reduction, bias=True)

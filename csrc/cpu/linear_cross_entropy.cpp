@@ -2,7 +2,7 @@
 // lead_fast/ops.py.
 //
 // Supervised tokens are gathered first, so that ignored ones cost nothing, and go through in chunks:
-//   a = h W^T              product, [rows, V]
+//   a = h W^T              product, [rows, V]; in bf16 with the bias
 //   a <- d nll / d a       row_kernels.h, in place
 //   d = a W                product
 //   dW += a^T (scale * h)  product, only with a trained head
@@ -74,9 +74,10 @@ struct Results {
 template <class Stored>
 class Chunks {
  public:
-  Chunks(Stored* hidden, Stored* weight, int64_t width, ScalarType dtype, const LogitMap& map,
+  Chunks(Stored* hidden, Stored* weight, Stored* bias, int64_t width, ScalarType dtype, const LogitMap& map,
          const SupervisedTokens& tokens, const StoredRows<Stored>& rows, Results<Stored>& results)
       : hidden_(hidden),
+        bias_(bias),
         width_(width),
         dtype_(dtype),
         map_(map),
@@ -93,7 +94,8 @@ class Chunks {
     for (int64_t begin = 0; begin < tokens_.size(); begin += step) {
       const int64_t end = std::min(begin + step, tokens_.size());
       const Matrix h = {hidden_ + begin * width_, dtype_, end - begin, width_, width_};
-      const Tensor logits = lead_fast::cpu::linear(h, weight_, logits_scratch_);
+      const Matrix bias = {bias_, dtype_, h.rows, map_.vocab, 0};
+      const Tensor logits = lead_fast::cpu::linear(h, weight_, logits_scratch_, bias_ == nullptr ? nullptr : &bias);
       const Matrix a = {logits.data_ptr(), dtype_, h.rows, map_.vocab, map_.vocab};
       loss_and_gradient(a, begin, gradient);
       if (results_.d_hidden != nullptr) {
@@ -159,6 +161,7 @@ class Chunks {
   }
 
   Stored* hidden_;
+  Stored* bias_;
   int64_t width_;
   ScalarType dtype_;
   LogitMap map_;
@@ -214,9 +217,9 @@ Tensor sample_stats(const SupervisedTokens& tokens, const std::vector<int64_t>& 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Stored>
-Outputs forward(const Tensor& hidden, const Tensor& weight, LogitMap map, const SupervisedTokens& tokens,
-                const std::vector<int64_t>& cu_seqlens, const StoredRows<Stored>& rows, bool hidden_grad,
-                bool weight_grad, bool bias_grad, StatsLevel level) {
+Outputs forward(const Tensor& hidden, const Tensor& weight, void* product_bias, LogitMap map,
+                const SupervisedTokens& tokens, const std::vector<int64_t>& cu_seqlens, const StoredRows<Stored>& rows,
+                bool hidden_grad, bool weight_grad, bool bias_grad, StatsLevel level) {
   const int64_t num_tokens = hidden.size(0), width = hidden.size(1);
   const bool all = level == StatsLevel::kAll, needs_d = hidden_grad || all;
   const auto zeros = [&](std::vector<int64_t> sizes, ScalarType dtype) {
@@ -234,7 +237,8 @@ Outputs forward(const Tensor& hidden, const Tensor& weight, LogitMap map, const 
   if (bias_grad) results.d_bias = d_bias.mutable_data_ptr<float>();
   auto* h = static_cast<Stored*>(supervised.mutable_data_ptr());
   auto* w = static_cast<Stored*>(weight.mutable_data_ptr());
-  Chunks<Stored>(h, w, width, hidden.scalar_type(), map, tokens, rows, results)
+  auto* b = static_cast<Stored*>(product_bias);
+  Chunks<Stored>(h, w, b, width, hidden.scalar_type(), map, tokens, rows, results)
       .run(needs_d || weight_grad || bias_grad);
 
   const Tensor nll = zeros({num_tokens}, ScalarType::Float), loss = zeros({}, ScalarType::Float);
@@ -261,8 +265,12 @@ Outputs linear_cross_entropy(Tensor hidden, Tensor weight, std::optional<Tensor>
   check_covers(boundaries, hidden.size(0));
   hidden = torch::stable::contiguous(hidden);
   weight = torch::stable::contiguous(weight);
-  const Tensor bias_fp32 = torch::stable::contiguous(bias.has_value() ? to_fp32(*bias) : token_scale);
-  const LogitMap map = {weight.size(0), bias.has_value() ? bias_fp32.const_data_ptr<float>() : nullptr,
+  // The row kernel adds the bias in fp32; in bf16 the product does, which rounds after it: where both are large and
+  // their sum is small, a logit rounded before would have no digits left.
+  const bool fp32 = hidden.scalar_type() == ScalarType::Float;
+  const Tensor whole_bias = torch::stable::contiguous(bias.value_or(token_scale));
+  void* bias_data = bias.has_value() ? whole_bias.mutable_data_ptr() : nullptr;
+  const LogitMap map = {weight.size(0), fp32 ? static_cast<const float*>(bias_data) : nullptr,
                         static_cast<float>(logit_scale), static_cast<float>(softcap)};
   const SupervisedTokens tokens(torch::stable::contiguous(labels), torch::stable::contiguous(token_scale), ignore_index,
                                 map.vocab);
@@ -270,9 +278,10 @@ Outputs linear_cross_entropy(Tensor hidden, Tensor weight, std::optional<Tensor>
   const auto& kernels = lead_fast::cpu::row_kernels();
   const auto level = static_cast<StatsLevel>(stats);
   const auto run = [&](const auto& rows) {
-    return forward(hidden, weight, map, tokens, boundaries, rows, hidden_grad, weight_grad, bias_grad, level);
+    return forward(hidden, weight, fp32 ? nullptr : bias_data, map, tokens, boundaries, rows, hidden_grad, weight_grad,
+                   bias_grad, level);
   };
-  if (hidden.scalar_type() == ScalarType::Float) return run(kernels.f32);
+  if (fp32) return run(kernels.f32);
   STD_TORCH_CHECK(hidden.scalar_type() == ScalarType::BFloat16,
                   "linear_cross_entropy: `hidden` must be fp32 or bf16 on the CPU, got another dtype");
   return run(kernels.bf16);

@@ -42,8 +42,9 @@ void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(view(out).get(), view(a).get(), view(b).get()));
 }
 
-Tensor linear(const Matrix& a, const Matrix& w, std::optional<Tensor>& scratch) {
-  if (a.dtype == ScalarType::Float && cpu_features().avx512 && aoti_torch_cpu__linear_pointwise != nullptr) {
+Tensor linear(const Matrix& a, const Matrix& w, std::optional<Tensor>& scratch, const Matrix* bias) {
+  if (bias == nullptr && a.dtype == ScalarType::Float && cpu_features().avx512 &&
+      aoti_torch_cpu__linear_pointwise != nullptr) {
     AtenTensorHandle out = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_cpu__linear_pointwise(view(a).get(), view(w).get(), nullptr, "none", nullptr, 0, nullptr, &out));
@@ -52,7 +53,12 @@ Tensor linear(const Matrix& a, const Matrix& w, std::optional<Tensor>& scratch) 
   const int64_t numel = a.rows * w.rows;
   if (!scratch || scratch->numel() < numel) scratch = allocate(numel, a.dtype);
   const Matrix out = {scratch->data_ptr(), a.dtype, a.rows, w.rows, w.rows};
-  multiply(a, w.t(), out);
+  if (bias == nullptr) {
+    multiply(a, w.t(), out);
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(view(out).get(), view(*bias).get(), view(a).get(),
+                                                           view(w.t()).get(), /*beta=*/1, /*alpha=*/1));
+  }
   return view(out);
 }
 
