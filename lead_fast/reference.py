@@ -99,7 +99,7 @@ def linear_cross_entropy(
 
     delta = (exps / total[:, None]).scatter(1, target, -(others / total)[:, None])
     delta = delta.masked_fill(~supervised[:, None], 0)
-    delta_a = delta * slope
+    delta_a = (delta * slope).masked_fill(~supervised[:, None], 0)  # under a cap a bias of NaN reaches ignored rows
     empty = hidden.new_empty(0, dtype=acc)
 
     d_hidden = delta_a @ w if hidden_grad or stats == STATS_ALL else empty

@@ -70,6 +70,22 @@ def test_ignored_rows_may_hold_anything(backend: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_in_the_head_stays_out_of_ignored_tokens(
+    backend: tuple[str, str], softcap: float | None, dtype: torch.dtype
+) -> None:
+    case = make_case((6, 5, 7), bias=True, softcap=softcap, reduction="none", dtype=dtype)
+    assert case.bias is not None
+    case.bias[3] = torch.nan
+    case.labels[6:11] = -100
+    ignored = case.labels == -100
+    found, stats = run(case, backend)
+    assert torch.equal(found["loss"].isnan(), ~ignored) and (found["hidden"][ignored] == 0).all()
+    assert all(value[1] == 0 for value in stats) and others(stats.grad_norm_sq).isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_upstream_gradient_is_exactly_zero(backend: tuple[str, str]) -> None:
     """Also for a token whose nll is inf, and per token under reduction "none"."""
     _, broken = clean_and_broken(8, torch.nan)
