@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from linear_cross_entropy_truth import BACKENDS, Case, make_case, plain_stats, run, run_plain
@@ -41,7 +44,7 @@ def test_a_nan_stays_in_its_own_sample(backend: tuple[str, str], value: float) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "sample_mean", "sum", "none"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_weight_of_0_contributes_exactly_0(backend: tuple[str, str], reduction: str, value: float) -> None:
     weights = torch.ones(18)
@@ -240,6 +243,31 @@ def test_more_than_2_31_logits(backend: tuple[str, str]) -> None:
     torch.testing.assert_close(gradient[last].double().cpu(), truth["hidden"], rtol=1e-3, atol=1e-4)
     assert out.samples is not None and out.samples.num_tokens.item() == tokens
     assert plain_stats(case, torch.float64).num_tokens.item() == 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_logits_of_all_tokens_are_never_in_memory(dtype: str) -> None:
+    """Forward and backward with a trained head, in a process of its own: the most memory that it ever had tells."""
+    tokens, vocab = 6_000, 50_000
+    program = f"""
+import resource, torch
+from lead_fast.ops import linear_cross_entropy
+
+def step(tokens, reduction):
+    hidden, weight = (torch.randn(rows, 8, dtype=torch.{dtype}, requires_grad=True) for rows in (tokens, {vocab}))
+    loss = linear_cross_entropy(hidden, weight, torch.zeros(tokens, dtype=torch.int64), reduction=reduction, backend="cpp").loss
+    loss.sum().backward()
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(200, "mean")
+before = peak()
+step({tokens}, "mean")
+step({tokens}, "none")
+print(peak() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    all_logits = tokens * vocab * (4 if dtype == "float32" else 2) / 1024
+    assert int(run.stdout) < 0.1 * all_logits, f"{run.stdout} KiB more; all logits take {all_logits:.0f} KiB"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
