@@ -91,12 +91,23 @@ def check_head(model: PreTrainedModel) -> None:
     ids = torch.arange(4, device=embedding.device)[None] % len(embedding)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     head = lm_head(model)
-    logits = F.linear(hidden, head.weight.to(hidden.dtype), head.bias) * head.logit_scale
+    dtype = head.weight.dtype
+    logits = F.linear(hidden.to(dtype), head.weight, head.bias) * head.logit_scale
     if head.softcap:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    own = model(input_ids=ids, use_cache=False).logits
+    # A head in another precision than the body: its input is cast as `PackedModel.loss` does, or autocast will.
+    cast = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: tuple(arg.to(dtype) for arg in args))
+    try:
+        own = model(input_ids=ids, use_cache=False).logits
+    finally:
+        cast.remove()
     model.train(was_training)
-    tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
+    if own.shape != logits.shape:
+        raise ValueError(
+            f"check_head: the head of {type(model).__name__} must give all logits, {list(own.shape)} of its own forward, "
+            f"got {list(logits.shape)} of its weight alone (a head split over ranks?); it cannot be served"
+        )
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     if not torch.allclose(logits.float(), own.float(), rtol=tolerance, atol=tolerance * float(own.float().abs().max())):
         raise ValueError(
             f"check_head: {type(model).__name__} computes its logits in a way that the fused loss does not know "
@@ -206,8 +217,20 @@ class PackedModel(nn.Module):
         num_items: int | Tensor | None = None,
         stats: Stats | None = "all",
     ) -> LinearCrossEntropyOutput:
-        """The fused loss of hidden states [T, H] already computed."""
+        """The fused loss of hidden states [T, H] already computed, in the precision of the head where that is the wider one.
+
+        Raises:
+            ValueError: a head that cannot be served, see `lm_head`; outside autocast also one narrower than `hidden`.
+        """
         head = lm_head(self.causal_lm)
+        if hidden.dtype != head.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            # As models do whose head was cast to fp32; the gradient comes back in the precision of the body.
+            if torch.promote_types(hidden.dtype, head.weight.dtype) != head.weight.dtype:
+                raise ValueError(
+                    f"PackedModel.loss: the head of {type(self.causal_lm).__name__} must hold what its hidden states do: "
+                    f"{hidden.dtype}, or fp32; got {head.weight.dtype}. Cast the head, or train under autocast"
+                )
+            hidden = hidden.to(head.weight.dtype)
         return linear_cross_entropy(
             hidden, head.weight, batch.labels, batch.cu_seqlens, bias=head.bias, softcap=head.softcap,
             logit_scale=head.logit_scale, reduction=reduction, num_items=num_items, token_index=batch.token_index,
