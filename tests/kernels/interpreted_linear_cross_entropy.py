@@ -280,6 +280,17 @@ def test_rows_that_single_pass_must_repair(dtype, tolerance, softcap):
 
 
 @pytest.mark.parametrize("single_pass", [False, True])
+def test_a_cap_that_every_logit_has_reached(single_pass):
+    """1 - tanh^2 from 1e-3 to 1e-13 keeps its digits."""
+    logits = torch.linspace(4.0, 15.0, 150).repeat(3, 1) * torch.where(torch.arange(150) % 3 > 0, 1.0, -1.0)
+    labels = torch.tensor([0, 70, 149])
+    _, _, delta = rows_of_logits(logits, labels, single_pass, softcap=1.0)
+    z = logits.double().requires_grad_()
+    torch.nn.functional.cross_entropy(torch.tanh(z), labels, reduction="sum").backward()
+    torch.testing.assert_close(delta.double(), z.grad, rtol=2e-5, atol=1e-15)
+
+
+@pytest.mark.parametrize("single_pass", [False, True])
 @pytest.mark.parametrize("column, value", [(0, float("inf")), (7, float("inf")), (0, float("nan")), (7, float("nan"))])
 def test_logits_that_are_not_finite_give_nan(single_pass, column, value):
     logits = torch.randn(2, 150)
@@ -322,6 +333,33 @@ def test_scaled_gradient(shape, rows, dtype, out_dtype):
     assert got.dtype == out_dtype
     torch.testing.assert_close(got, want.masked_fill(want.isnan(), 0).to(out_dtype), rtol=1e-3, atol=1e-6)
     assert not scaled_gradient(gradient, torch.zeros_like(upstream), out_dtype).any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sample_mean", "sum", "none"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_how_many_products_a_step_takes(monkeypatch, trained, reduction):
+    """Of all supervised tokens, forward and backward: 2 with a frozen head, 3 with a trained one, 4 where "none" needs dW."""
+    batch = make_batch([20, 3, 30], 12, 70)
+    index = (batch.labels != IGNORE).nonzero().flatten()
+    flops = []
+
+    def counted(product, first):
+        def call(*args, **kwargs):
+            a, b = args[first : first + 2]
+            flops.append(a.shape[0] * a.shape[1] * b.shape[1])
+            return product(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "mm", counted(torch.mm, 0))
+    monkeypatch.setattr(torch, "addmm", counted(torch.addmm, 1))
+    hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_(trained)
+    out = lf.linear_cross_entropy(
+        hidden, weight, batch.labels, batch.cu_seqlens, reduction=reduction, token_index=index, backend="triton"
+    )
+    out.loss.sum().backward()
+    products = 2 + trained * (2 if reduction == "none" else 1)
+    assert len(index) < 53 and sum(flops) == products * len(index) * 12 * 70
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sample_mean", "sum", "none"])

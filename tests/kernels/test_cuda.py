@@ -133,6 +133,40 @@ def test_cuda_graph(forward):
         assert all(torch.equal(captured[name], want[name]) for name in OUTPUTS)
 
 
+def loss_and_gradients(inputs: Batch, reduction: str) -> list[torch.Tensor]:
+    """Forward and backward of the public operator under an upstream gradient of its own for each token or for all."""
+    leaves = [t.detach().requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias)]
+    out = lf.linear_cross_entropy(
+        leaves[0], leaves[1], inputs.labels, inputs.cu_seqlens, bias=leaves[2], reduction=reduction, backend="triton"
+    )
+    upstream = inputs.token_scale if reduction == "none" else inputs.token_scale.sum()
+    gradients = torch.autograd.grad(out.loss, leaves, upstream)
+    return [out.loss.detach(), *out.samples, *gradients]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sample_mean", "none"])
+def test_cuda_graph_of_forward_and_backward(reduction):
+    """A captured step serves other values, labels, lengths and upstream gradients; "none" captures the recomputation."""
+    batch = make_batch(MIXED, 256, 5003, dtype=torch.bfloat16, device="cuda", bias=True)
+    other = make_batch(MIXED[::-1], 256, 5003, dtype=torch.bfloat16, device="cuda", bias=True, ignored=0.6, seed=1)
+    inputs = replace(batch, **{f.name: getattr(batch, f.name).clone() for f in fields(Batch)[:6]})
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        loss_and_gradients(inputs, reduction)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_and_gradients(inputs, reduction)
+    for source in (other, batch):
+        for field in fields(Batch)[:6]:
+            getattr(inputs, field.name).copy_(getattr(source, field.name))
+        graph.replay()
+        want = loss_and_gradients(source, reduction)
+        assert all(torch.equal(got, expected) for got, expected in zip(captured, want, strict=True))
+        assert captured[0].any() and all(gradient.any() for gradient in captured[-3:])
+
+
 def test_a_side_stream():
     batch = make_batch(MIXED, 256, 5003, dtype=torch.bfloat16, device="cuda")
     want = batch.run(triton_forward)
