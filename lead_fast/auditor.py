@@ -28,10 +28,10 @@ class Auditor:
         engine: before round 1; gets the estimators to audit as shadows and keeps its visits from now on.
         config: `audit_every`, `audit_rows`, `audit_estimators`.
         score: scores rows with the model as it is, in evaluation mode.
-        folder: gets rescored-ROUND.parquet and visits-ROUND.parquet.
+        folder: gets rescored-ROUND.parquet and visits-ROUND.parquet; None where another process writes them.
     """
 
-    def __init__(self, engine: LeadEngine, config: TrainConfig, score: Scorer, folder: Path) -> None:
+    def __init__(self, engine: LeadEngine, config: TrainConfig, score: Scorer, folder: Path | None) -> None:
         self.engine, self.score, self.folder = engine, score, folder
         self.every, self.num_rows = config.audit_every, config.audit_rows
         engine.shadow(config.audited)
@@ -43,7 +43,7 @@ class Auditor:
         Returns:
             {"audit": {"rows": re-scored, "tokens": forward tokens}} where rows were re-scored, for the round's record.
         """
-        if report.visits:
+        if report.visits and self.folder is not None:
             write_records(self.folder, "visits", rnd.number, report.visits)
         if rnd.number % self.every:
             return {}
@@ -54,7 +54,8 @@ class Auditor:
         visit = make_visit(engine.table, engine.clocks, engine.estimators, at, unknown, torch.ones_like(at, dtype=torch.bool))
         columns = {name: column.cpu() for name, column in visit.items()}
         columns["observed"], tokens = self.score(rows.tolist())
-        write_records(self.folder, "rescored", rnd.number, columns)
+        if self.folder is not None:
+            write_records(self.folder, "rescored", rnd.number, columns)
         return {"audit": {"rows": len(rows), "tokens": tokens}}
 
 

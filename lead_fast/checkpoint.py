@@ -32,7 +32,7 @@ from lead_fast.files import sync
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "lead-fast checkpoint 1"
+FORMAT = "lead-fast checkpoint 2"
 STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
 
 State = dict[str, Any]  # nested; leaves are tensors, numbers, strings, bools, None, and lists of these but tensors
@@ -118,8 +118,7 @@ class Checkpoints:
         reasons = []
         for path in reversed(self.paths()):
             try:
-                _verify(path)
-                return Checkpoint(path, _read_files(path))
+                return self.read(path)
             except (DamagedCheckpoint, OSError) as error:
                 logger.warning("checkpoint %s is damaged and not used: %s", path, error)
                 reasons.append(str(error))
@@ -128,6 +127,15 @@ class Checkpoints:
                 f"{self.folder}: no checkpoint is usable; remove the folder to begin the rounds again ({'; '.join(reasons)})"
             )
         return None
+
+    def read(self, path: Path) -> Checkpoint:
+        """The checkpoint at `path`, verified.
+
+        Raises:
+            DamagedCheckpoint: it is not what its manifest says.
+        """
+        _verify(path)
+        return Checkpoint(path, _read_files(path))
 
     def set_aside_newer(self, path: Path) -> None:
         """Renames the checkpoints newer than `path`, found damaged, to `*.damaged`: their steps will be written again."""

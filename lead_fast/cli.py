@@ -171,12 +171,16 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the last line on stdout is a JSON summary, everything else goes to stderr.
 
+    Of several processes (torchrun, accelerate launch) the first one speaks; the others report errors alone.
+
     Returns:
         0; 1 for an error that the user can mend; 130 after Ctrl-C; 143 after SIGTERM.
     """
     arguments = _parser().parse_args(argv)
+    rank = int(os.environ.get("RANK") or 0)
+    level = logging.DEBUG if arguments.verbose else logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(
-        level=logging.DEBUG if arguments.verbose else logging.INFO,
+        level=level,
         format="%(levelname)s %(message)s",
         stream=sys.stderr,
     )
@@ -193,10 +197,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if arguments.verbose:
             raise
-        print(f"lead-fast: error: {error}", file=sys.stderr)
+        where = "" if rank == 0 else f" in process {rank}"
+        print(f"lead-fast: error{where}: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(summary))
+    _leave_processes()
+    if rank == 0:
+        print(json.dumps(summary))
     return 0
+
+
+def _leave_processes() -> None:
+    """Ends the group that a launcher's processes form, all of which have come this far."""
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

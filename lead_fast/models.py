@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lead_fast.attention import PACKED_ATTENTION
@@ -171,6 +173,10 @@ class PackedModel(nn.Module):
         """The transformers model itself, inside an adapter's wrapper where there is one."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # pyright: ignore
 
+    def tie_weights(self) -> None:
+        """For accelerate, which moves the weights of a model that FSDP shards."""
+        self.causal_lm.tie_weights()
+
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states of a packed batch, [T, H]."""
         return self._run(batch).last_hidden_state[0]
@@ -255,17 +261,47 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 
 
 def load_model(
-    path: str | Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    path: str | Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False, quantize: str | None = None
 ) -> PreTrainedModel:
     """A causal LM from a model folder or hub name, with packed attention.
 
+    Args:
+        path: of the model.
+        dtype: of its weights; of the computation, where they are quantized.
+        device: where it is loaded to.
+        trust_remote_code: run code that the folder brings along.
+        quantize: "4bit" (nf4, double quantization) or "8bit": the linear layers but the LM head, through bitsandbytes.
+
     Raises:
         ValueError: it is no causal LM whose head the fused loss can serve.
+        ImportError: `quantize` without bitsandbytes.
     """
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if quantize is not None:
+        options |= {"quantization_config": _quantization(quantize, dtype), "device_map": {"": device}}
     weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
     with _quiet_loading() if 0 < weights < _QUIET_BYTES else nullcontext():
-        model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
-    return prepare_model(model.to(device))
+        model: Any = AutoModelForCausalLM.from_pretrained(str(path), **options)
+    if quantize is None:
+        return prepare_model(model.to(device))
+    for module in model.modules() if device.type == "cpu" else ():
+        # bitsandbytes repacks its weights on some CPUs at the first evaluation, for good and with rounded scales: what is
+        # trained after would not be what was evaluated.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return prepare_model(model)
+
+
+def _quantization(bits: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ImportError("quantize: bitsandbytes is not installed; pip install bitsandbytes, or leave --quantize out")
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def build_model(size: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, device: torch.device) -> PreTrainedModel:
@@ -314,17 +350,56 @@ def load_lora(model: PreTrainedModel, path: str | Path) -> nn.Module:
     return PeftModel.from_pretrained(model, str(path), is_trainable=True)
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes weights (or adapters) and tokenizer as transformers and peft load them, safetensors only."""
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
+    """Writes weights (or adapters) and tokenizer as transformers and peft load them, safetensors only.
+
+    Args:
+        model: all processes must call this where its weights are sharded: they are put together on the host.
+        tokenizer: written beside it.
+        folder: None in the processes that do not write.
+    """
+    adapter, whole = hasattr(model, "get_base_model"), dict[str, Any]()
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        tied = set[int]()
+        for name, value in model.state_dict(keep_vars=True).items():
+            if id(value) in tied or (adapter and not value.requires_grad):
+                continue
+            tied.add(id(value))
+            full = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+            whole[name] = full.cpu() if folder is not None else full[:0]
+    if folder is None:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = model.get_base_model() if adapter else model
     implementation = causal.config._attn_implementation
     causal.set_attn_implementation("sdpa")  # what is loaded elsewhere must not name this package's attention
     try:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), **({"state_dict": whole} if whole else {}))
         tokenizer.save_pretrained(str(folder))
     finally:
         causal.set_attn_implementation(implementation)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keeps the inputs of the model's layers alone, and recomputes the rest in backward; only in training mode."""
+    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+    # transformers 5.24 renames it.
+    enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles each layer by torch.compile, for packed batches of any length: one graph serves them all.
+
+    Raises:
+        ValueError: the model has no list of layers.
+    """
+    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+    lists = [module for module in causal.base_model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"compile: expected a model with a list of layers, got {type(causal).__name__}")
+    for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())):
+        layer.compile(dynamic=True)
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

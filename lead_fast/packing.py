@@ -69,6 +69,12 @@ class CutCounts:
         self.prompts += sample.cut_prompt > 0
         self.answers += sample.cut_answer > 0
 
+    @classmethod
+    def merge(cls, parts: Sequence[CutCounts]) -> CutCounts:
+        """Of samples counted in parts."""
+        samples, prompts, answers = (sum(getattr(part, name) for part in parts) for name in ("samples", "prompts", "answers"))
+        return cls(samples, prompts, answers, parts[0].max_length)
+
     def __str__(self) -> str:
         return (
             f"{self.prompts:,} of {self.samples:,} samples had their prompt cut from the left to fit {self.max_length} tokens,"
@@ -261,6 +267,21 @@ def pack(samples: Sequence[Sample], rows: Sequence[int] | None = None) -> Packed
         token_index=torch.from_numpy(index),
         max_length=int(lengths.max()),
         num_items=len(index),
+    )
+
+
+def without_supervision(batch: PackedBatch) -> PackedBatch:
+    """The batch's first sample as no row of a pool and with nothing to learn: its loss and its gradients are 0."""
+    end = int(batch.cu_seqlens[1])
+    return PackedBatch(
+        input_ids=batch.input_ids[:end],
+        position_ids=batch.position_ids[:end],
+        labels=torch.full_like(batch.labels[:end], IGNORE_INDEX),
+        cu_seqlens=batch.cu_seqlens[:2],
+        rows=torch.full_like(batch.rows[:1], -1),
+        token_index=batch.token_index[:0],
+        max_length=end,
+        num_items=0,
     )
 
 

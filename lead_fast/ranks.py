@@ -1,4 +1,4 @@
-"""Several processes, one table: each observes its own share of a round, and all merge the shares in one order.
+"""Several processes, one run: what they tell each other (`Ranks`), and one table out of what each observed (`Shards`).
 
 Between rounds nothing reads the table, so a rank keeps what it observed until the round ends. Then one gather brings every
 rank all observations, which go into the table ordered by (optimizer step, micro-batch, rank): the order in which one process
@@ -7,12 +7,94 @@ with as many micro-batches would have made them. So every rank holds the same ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+
+# torch 2.13 deprecates the older name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Ranks:
+    """The processes that train together; without a group it is this process alone, and every call is free.
+
+    All of them must make the same calls in the same order.
+
+    Args:
+        group: of torch.distributed, or None.
+        device: where tensors of the group's backend live.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
+        self.group, self.device = group, torch.device(device)
+        self.number = 0 if group is None else dist.get_rank(group)
+        self.world = 1 if group is None else dist.get_world_size(group)
+
+    @classmethod
+    def started(cls, device: torch.device | str) -> Ranks:
+        """Those that the launcher started; this process alone where there is one, or none were set up."""
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return cls(dist.group.WORLD if several else None, device)
+
+    @property
+    def is_first(self) -> bool:
+        """This process is the one that writes files and talks to the person."""
+        return self.number == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's share of items that are dealt round robin."""
+        return list(items[self.number :: self.world])
+
+    def idles(self, items: Sequence[Any]) -> bool:
+        """This process's share is one item smaller than that of others."""
+        return len(items[self.number :: self.world]) * self.world < len(items)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over processes of a tensor of one shape on `device`; in place where there are several."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """True where it is for one of them."""
+        return flag if self.group is None else bool(self.sum(torch.tensor([int(flag)], device=self.device)))
+
+    def of_first(self, value: int) -> int:
+        """The first process's value."""
+        if self.group is None:
+            return value
+        return int(self.sum(torch.tensor([value if self.is_first else 0], device=self.device)))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in their order; of any type, by way of the host."""
+        if self.group is None:
+            return [value]
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
+
+    def wait(self) -> None:
+        """Returns when all have called it."""
+        self.any(False)
+
+    def agree(self, what: str, value: int) -> None:
+        """Checks that all have one value.
+
+        Raises:
+            RuntimeError: they have not: `what` is named, with each process's value.
+        """
+        if self.group is None:
+            return
+        values = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        values[self.number] = value
+        found = self.sum(values).tolist()
+        if len(set(found)) > 1:
+            raise RuntimeError(f"the {self.world} processes must agree on {what}, got {found}")
 
 
 class Observation(NamedTuple):
@@ -68,10 +150,10 @@ class Shards:
     def _gather(self, records: Tensor) -> list[Tensor]:
         world = dist.get_world_size(self.group)
         counts = torch.zeros(world, dtype=torch.int64, device=records.device)
-        dist.all_gather_into_tensor(counts, counts.new_tensor([len(records)]), group=self.group)
+        _all_gather(counts, counts.new_tensor([len(records)]), group=self.group)
         sizes = counts.tolist()
         padded = records.new_zeros(max(sizes), records.shape[1])
         padded[: len(records)] = records
         gathered = padded.new_empty(world * len(padded), records.shape[1])
-        dist.all_gather_into_tensor(gathered, padded, group=self.group)
+        _all_gather(gathered, padded, group=self.group)
         return [part[:size] for part, size in zip(gathered.view(world, -1, records.shape[1]), sizes, strict=True)]

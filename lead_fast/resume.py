@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shlex
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
+from torch.distributed import DistError
 
 from lead_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from lead_fast.config import LeadConfig, TrainConfig, read_yaml, to_yaml
@@ -34,6 +36,9 @@ FREE_OPTIONS = frozenset({
     "out", "resume", "checkpoint_rounds", "checkpoint_minutes", "eval_every", "log_utilities", "on_bad_row",
     "trust_remote_code",
 })  # fmt: skip
+
+# gloo says so in a plain RuntimeError.
+_LOST_PEER = re.compile(r"gloo.*(closed by peer|reset by peer|broken pipe|refused|timed out)", re.IGNORECASE)
 
 
 @contextmanager
@@ -85,32 +90,40 @@ class RoundLog:
     """rounds.jsonl: a line a round, cut back to what a checkpoint knows of.
 
     Args:
-        path: of the file.
+        path: of the file; None writes nothing: another process does.
         size: its bytes that count; what follows is cut off.
     """
 
-    def __init__(self, path: Path, size: int = 0) -> None:
+    def __init__(self, path: Path | None, size: int = 0) -> None:
         # Unbuffered: a line that met a full disk must not be written again when the file is closed.
-        self._file = path.open("ab", buffering=0)
-        self._file.truncate(size)
+        self._file = None if path is None else path.open("ab", buffering=0)
+        if self._file is not None:
+            self._file.truncate(size)
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line, and hands it to the operating system."""
+        if self._file is None:
+            return
         line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
         while line:
             line = line[self._file.write(line) :]
 
     def sync(self) -> int:
         """Waits until the lines are on the disk; returns the bytes of the file."""
+        if self._file is None:
+            return 0
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class Checkpointer:
     """Writes checkpoints of a run: when they are due, and when it is told to stop.
+
+    Several processes do so between rounds, when their shares of the round are merged; the first one writes, and says when.
 
     Args:
         checkpoints: where.
@@ -127,6 +140,7 @@ class Checkpointer:
         run: TrainingRun, start: float,
     ) -> None:  # fmt: skip
         self.checkpoints, self.state, self.config, self.log, self.stop = checkpoints, state, config, log, stop
+        self.ranks = state.optimization.ranks
         self._steps, self._rounds = run.num_steps, len(run.rounds)
         self._start, self._last = start, time.monotonic()
 
@@ -141,29 +155,34 @@ class Checkpointer:
         Raises:
             Interrupted: a stop was asked for, and the checkpoint is written.
         """
+        if self.ranks.world > 1 and run.open is not None:
+            return
         rounds, minutes = self.config.checkpoint_rounds, self.config.checkpoint_minutes
         due = minutes > 0.0 and time.monotonic() - self._last >= 60.0 * minutes
         due |= rounds > 0 and run.open is None and len(run.rounds) - self._rounds >= rounds
-        if due or self.stop.requested is not None:
-            self.write(run)
-        if self.stop.requested is not None:
-            raise Interrupted(self.stop.requested, last_checkpoint(self.checkpoints))
+        self._write_or_stop(run, due)
 
     def finish(self, run: TrainingRun) -> None:
         """Keeps the state after the last round, so that nothing is lost while the results are written."""
-        if self.config.checkpoint_minutes > 0.0 or self.config.checkpoint_rounds > 0 or self.stop.requested is not None:
+        self._write_or_stop(run, self.config.checkpoint_minutes > 0.0 or self.config.checkpoint_rounds > 0)
+
+    def _write_or_stop(self, run: TrainingRun, due: bool) -> None:
+        # A signal may have reached one process only, and clocks differ: all do the same.
+        signum = max(self.ranks.gather(self.stop.requested or 0))
+        if signum or self.ranks.of_first(int(due)):
             self.write(run)
-        if self.stop.requested is not None:
-            raise Interrupted(self.stop.requested, last_checkpoint(self.checkpoints))
+        if signum:
+            raise Interrupted(signum, last_checkpoint(self.checkpoints))
 
     def write(self, run: TrainingRun) -> None:
         """Writes a checkpoint now, unless there is one of this very place."""
         if run.num_steps > self._steps:
             begin = time.monotonic()
-            log = {"bytes": self.log.sync(), "seconds": self.seconds}
-            path = self.checkpoints.write(run.num_steps, self.state.capture(run) | {"log": log})
+            state = self.state.capture(run) | {"log": {"bytes": self.log.sync(), "seconds": self.seconds}}
+            if self.ranks.is_first:
+                path = self.checkpoints.write(run.num_steps, state)
+                logger.debug("checkpoint %s: %.2f s", path, time.monotonic() - begin)
             self._steps, self._rounds = run.num_steps, len(run.rounds)
-            logger.debug("checkpoint %s: %.2f s", path, time.monotonic() - begin)
         self._last = time.monotonic()
 
 
@@ -199,7 +218,7 @@ def failures_explained(checkpoints: Checkpoints) -> Iterator[None]:
 
     Raises:
         TrainingError: in place of a full disk, a folder that cannot be written, memory that ran out, a loss or a weight that is
-            not finite.
+            not finite, another process of the run that has ended.
     """
     try:
         yield
@@ -216,7 +235,8 @@ def failures_explained(checkpoints: Checkpoints) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str | None:
-    """What to do about a disk or a memory that is full, or a folder that cannot be written; None for other errors."""
+    """What to do about a disk or a memory that is full, a folder that cannot be written, or a process that has ended; None for
+    other errors."""
     code, text = getattr(error, "errno", None), str(error).partition("\n")[0]
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text:
         return f"the disk is full ({text}): free some space"
@@ -227,4 +247,6 @@ def _reason(error: Exception) -> str | None:
             f"memory ran out ({text or 'MemoryError'}): free some, or start a new run with a smaller --step-tokens or a larger "
             "--accumulation"
         )
+    if isinstance(error, DistError) or _LOST_PEER.search(text):
+        return f"another process of the run has ended or cannot be reached ({text})"
     return None

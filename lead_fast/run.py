@@ -7,7 +7,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from lead_fast.audit import AUDIT_FOLDER
 from lead_fast.auditor import Auditor, Scorer
-from lead_fast.checkpoint import Checkpoints
+from lead_fast.checkpoint import Checkpoint, Checkpoints
 from lead_fast.config import LeadConfig, PrepareConfig, TrainConfig, to_yaml
 from lead_fast.engine import LeadEngine
 from lead_fast.files import atomic_path, remove_leftovers, write_json, write_jsonl, write_text
@@ -25,6 +26,7 @@ from lead_fast.models import save_model
 from lead_fast.offline.prepare import PREPARED_FILE, Prepared, encoded_rows, load_prepared, prepare
 from lead_fast.packing import ChatEncoder, Sample
 from lead_fast.pool import Pool
+from lead_fast.ranks import Ranks
 from lead_fast.report import write_run_report
 from lead_fast.resume import (
     CHECKPOINTS,
@@ -90,15 +92,14 @@ def run_prepare(config: PrepareConfig, lead: LeadConfig) -> dict[str, Any]:
     Returns:
         A JSON summary.
     """
-    _set_threads(config)
+    ranks = _start(config)
     inputs = open_inputs(config)
     if isinstance(inputs, Prepared):
         raise ValueError(f"pool: {config.pool} is prepared already; give it to `lead-fast train`")
-    assert config.out is not None
-    folder = claim_folder(config.out, resume=config.resume)
-    with StopSignals(), locked(folder):
+    with StopSignals(), _claimed(config, ranks) as folder:
         prepared = prepare(inputs, config, lead, folder)
-        write_text(folder / CONFIG_FILE, to_yaml(config, lead.resolve()))
+        if ranks.is_first:
+            write_text(folder / CONFIG_FILE, to_yaml(config, lead.resolve()))
     return {"out": str(folder), **prepared.summary}
 
 
@@ -116,15 +117,15 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
         Interrupted: SIGINT or SIGTERM; a checkpoint is written.
     """
     start = time.monotonic()
-    _set_threads(config)
-    seed_generators(lead.seed)
+    ranks = _start(config)
+    seed_generators(lead.seed + ranks.number)
     for name in [lead.estimator, *(config.audited if config.audit_every else ())]:
         estimator_class(name)
     if config.out is None:
         raise ValueError("out: required")
     folder = Path(config.out)
     if config.resume and (folder / SUMMARY_FILE).exists():
-        return finished_run(folder)
+        return finished_run(folder) if ranks.is_first else {}
     checkpoints = Checkpoints(folder / CHECKPOINTS)
     with StopSignals() as stop:
         if config.resume and checkpoints.paths():
@@ -133,9 +134,30 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
         else:
             inputs = open_inputs(config)
         heldout = None if config.heldout is None else Pool.open(config.heldout)
-        claim_folder(config.out, resume=config.resume)
-        with locked(folder), failures_explained(checkpoints):
+        with _claimed(config, ranks), failures_explained(checkpoints):
             return _train(inputs, heldout, config, lead, checkpoints, stop, start)
+
+
+def _start(config: PrepareConfig) -> Ranks:
+    """The processes of the run, set up as the launcher asked for."""
+    accelerator = make_accelerator(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)  # after accelerate, which sets its own for several processes
+    return Ranks.started(accelerator.device)
+
+
+@contextmanager
+def _claimed(config: PrepareConfig, ranks: Ranks) -> Iterator[Path]:
+    """The output folder, which the first process keeps for the run."""
+    assert config.out is not None
+    if not ranks.is_first:
+        ranks.wait()
+        yield Path(config.out)
+        return
+    folder = claim_folder(config.out, resume=config.resume)
+    with locked(folder):
+        ranks.wait()
+        yield folder
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
@@ -165,25 +187,27 @@ def _train(
         prepared, config = inputs, dataclasses.replace(config, model_config=inputs.summary["model_config"])
     else:
         prepared = prepare(inputs, config, lead, folder / "prepared")
-    write_text(folder / CONFIG_FILE, options)
 
     tokenizer = prepared.tokenizer(config)
     encoder = ChatEncoder(tokenizer, config.max_length)
     accelerator = make_accelerator(config)
-    engine = LeadEngine(prepared.pool, lead, accelerator.device)
-    engine.record_candidates = config.log_utilities
+    ranks = Ranks.started(accelerator.device)
+    if ranks.is_first:
+        write_text(folder / CONFIG_FILE, options)
+    engine = LeadEngine(prepared.pool, lead, accelerator.device, group=ranks.group)
+    engine.record_candidates = config.log_utilities and ranks.is_first
     first_utility = engine.utility(engine.groups.choosable_rows()).cpu().numpy()
     optimization = Optimization(prepared.model(config, seed=lead.seed), accelerator, config)
     signals = Signals(engine)
     after_round: dict[str, AfterRound] = {"signals": signals.after_round}
     if config.audit_every:
         scorer = row_scorer(optimization, ChatEncoder(tokenizer, config.max_length), prepared.pool, config)
-        after_round["audit"] = Auditor(engine, config, scorer, folder / AUDIT_FOLDER).after_round
+        after_round["audit"] = Auditor(engine, config, scorer, folder / AUDIT_FOLDER if ranks.is_first else None).after_round
     if engine.budget < engine.config.budget_rows(len(prepared.pool)):
         logger.warning("the budget is cut to the %d rows that are not set aside", engine.budget)
 
     # Again: what the stages drew depends on which of them had to run.
-    seed_generators(lead.seed)
+    seed_generators(lead.seed + ranks.number)
     state = TrainingState(engine, optimization, signals, heldout)
     run, log, seconds = begin(state, checkpoints, folder)
     signals.go_on(run.rounds)
@@ -191,7 +215,7 @@ def _train(
 
     def on_round(rnd: Round, record: dict[str, Any]) -> None:
         log.append(record)
-        if config.log_utilities:
+        if engine.record_candidates:
             write_candidates(rnd, folder / UTILITIES)
 
     score = heldout_scorer(optimization, encoder, heldout, config, lead.seed)
@@ -202,13 +226,25 @@ def _train(
         )  # fmt: skip
         checkpointer.finish(run)
     log.close()
+    with atomic_path(folder / "model", durable=True) if ranks.is_first else nullcontext() as temporary:
+        save_model(optimization.bare, tokenizer, temporary)
+    if ranks.is_first:
+        return write_results(folder, engine, run, prepared, checkpointer.seconds, first_utility)
+    return {}
+
+
+def write_results(
+    folder: Path, engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds: float, first_utility: np.ndarray
+) -> dict[str, Any]:
+    """selected.jsonl, summary.json and the report of a run that is finished.
+
+    Returns:
+        The summary.
+    """
     if run.cuts.prompts or run.cuts.answers:
         logger.warning("%s", run.cuts)
-
-    with atomic_path(folder / "model", durable=True) as temporary:
-        save_model(optimization.bare, tokenizer, temporary)
     write_jsonl(folder / "selected.jsonl", engine.selected(), durable=True)
-    summary = summarize(engine, run, prepared, checkpointer.seconds)
+    summary = summarize(engine, run, prepared, seconds)
     summary = {"out": str(folder), "model": str(folder / "model"), **summary}
     write_json(folder / SUMMARY_FILE, summary | {
         "evaluations": run.evaluations,
@@ -228,22 +264,37 @@ def begin(state: TrainingState, checkpoints: Checkpoints, folder: Path) -> tuple
     Returns:
         The run, its rounds.jsonl, and the seconds that it took before it was interrupted.
     """
-    for leftovers in (folder, folder / "prepared", folder / UTILITIES, folder / AUDIT_FOLDER):
-        remove_leftovers(leftovers)
-    checkpoints.remove_leftovers()
-    if (checkpoint := checkpoints.load()) is None:
-        for name in (UTILITIES, AUDIT_FOLDER):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        return TrainingRun(), RoundLog(folder / ROUNDS_FILE), 0.0
+    ranks = state.optimization.ranks
+    checkpoint = _newest(checkpoints, folder) if ranks.is_first else None
+    # All go on from the one that the first process has found.
+    number = ranks.of_first(-1 if checkpoint is None else checkpoints.paths().index(checkpoint.path))
+    if number < 0:
+        return TrainingRun(), RoundLog(folder / ROUNDS_FILE if ranks.is_first else None), 0.0
+    checkpoint = checkpoint or checkpoints.read(checkpoints.paths()[number])
     run = state.restore(checkpoint.state, rounds_of(checkpoint, folder / ROUNDS_FILE))
+    ranks.wait()
+    log = checkpoint.state["log"]
+    if not ranks.is_first:
+        return run, RoundLog(None), log["seconds"]
     checkpoints.set_aside_newer(checkpoint.path)
     for path in (p for name in (UTILITIES, AUDIT_FOLDER) for p in (folder / name).glob("*-*.parquet")):
         if int(path.stem.rpartition("-")[2]) > len(run.rounds):
             path.unlink()
     inside = "" if run.open is None else f", {len(run.open.trained)} optimizer steps into the next"
     logger.info("going on from %s: %d rounds%s", checkpoint.path, len(run.rounds), inside)
-    log = checkpoint.state["log"]
     return run, RoundLog(folder / ROUNDS_FILE, log["bytes"]), log["seconds"]
+
+
+def _newest(checkpoints: Checkpoints, folder: Path) -> Checkpoint | None:
+    """The newest good checkpoint; without one, what an interrupted run has left in the folder is removed."""
+    for leftovers in (folder, folder / "prepared", folder / UTILITIES, folder / AUDIT_FOLDER):
+        remove_leftovers(leftovers)
+    checkpoints.remove_leftovers()
+    checkpoint = checkpoints.load()
+    if checkpoint is None:
+        for name in (UTILITIES, AUDIT_FOLDER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    return checkpoint
 
 
 def heldout_scorer(
@@ -260,8 +311,9 @@ def heldout_scorer(
 
     def score() -> dict[str, Any]:
         loss = evaluate(
-            optimization.packed, samples, pack_tokens=config.pack_tokens, device=optimization.device, desc="held-out"
-        )
+            optimization.packed, samples, pack_tokens=config.pack_tokens, device=optimization.device, desc="held-out",
+            ranks=optimization.ranks,
+        )  # fmt: skip
         scores: dict[str, Any] = {
             "heldout_loss": float(loss.mean()), "heldout_token_loss": float((loss * tokens).sum() / tokens.sum()),
         }  # fmt: skip
@@ -280,7 +332,10 @@ def row_scorer(optimization: Optimization, encoder: ChatEncoder, pool: Pool, con
 
     def score(rows: Sequence[int]) -> tuple[torch.Tensor, int]:
         samples: list[Sample] = encoded_rows(encoder, pool, rows)
-        loss = evaluate(optimization.packed, samples, pack_tokens=config.pack_tokens, device=optimization.device, desc="audit")
+        loss = evaluate(
+            optimization.packed, samples, pack_tokens=config.pack_tokens, device=optimization.device, desc="audit",
+            ranks=optimization.ranks,
+        )  # fmt: skip
         return loss, sum(map(len, samples))
 
     return score
@@ -339,8 +394,3 @@ def source_shares(engine: LeadEngine) -> list[dict[str, Any]] | None:
         {"source": name, "pool": int(counts[k]), "chosen": int(picked[k])}
         for k, name in enumerate(pool.source_names) if counts[k]
     ]  # fmt: skip
-
-
-def _set_threads(config: PrepareConfig) -> None:
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)

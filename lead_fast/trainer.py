@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from lead_fast.config import PrepareConfig, TrainConfig
@@ -22,10 +27,14 @@ from lead_fast.engine import LeadEngine
 from lead_fast.first_order import FirstOrder
 from lead_fast.models import PackedModel, trained_parameters
 from lead_fast.ops import SampleStats
-from lead_fast.packing import CutCounts, PackedBatch, Sample, balanced_fill, fill, pack, split_evenly
+from lead_fast.packing import CutCounts, PackedBatch, Sample, balanced_fill, fill, pack, split_evenly, without_supervision
+from lead_fast.ranks import Ranks
 from lead_fast.rounds import Round, RoundReport
 
 logger = logging.getLogger(__name__)
+
+# A process that has ended is noticed at once; this is for one that writes, scores or evaluates while the others wait.
+_LONGEST_WAIT = timedelta(hours=2)
 
 
 class TrainingError(RuntimeError):
@@ -33,17 +42,25 @@ class TrainingError(RuntimeError):
 
 
 def make_accelerator(config: PrepareConfig) -> Accelerator:
-    """accelerate decides the device; precision "auto" is bf16 on a GPU that has it, else fp32.
+    """accelerate decides device and processes; precision "auto" is bf16 on a GPU that has it, else fp32.
 
     Raises:
-        TrainingError: started as several processes, each of which would train alone and write the same folder.
+        TrainingError: the launcher started more processes than accelerate takes for one run.
     """
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-    if accelerator.num_processes > 1:
-        raise TrainingError(f"several processes are not served yet: start one, got {accelerator.num_processes}")
+    handlers = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
+    ]
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers,
+        cpu=launched > 1 and not torch.accelerator.is_available(),  # else accelerate sees no processes on a CPU
+    )  # fmt: skip
+    if accelerator.num_processes != launched:
+        raise TrainingError(f"{launched} processes were started, and accelerate trains with {accelerator.num_processes}")
     return accelerator
 
 
@@ -68,14 +85,21 @@ class StepResult:
 class Optimization:
     """A model with its AdamW under accelerate: one call is one optimizer step over packed micro-batches.
 
+    Several processes make one step together: its micro-batches are dealt to them round robin, and the gradient is that of
+    one process which accumulates over them all.
+
     Args:
         model: a causal LM or a peft model; its parameters with requires_grad are trained.
-        accelerator: decides device, precision and, later, processes.
+        accelerator: decides device, precision and processes.
         config: weight decay and gradient clipping.
+
+    Attributes:
+        ranks: the processes.
     """
 
     def __init__(self, model: nn.Module, accelerator: Accelerator, config: PrepareConfig) -> None:
         self.accelerator, self.max_grad_norm = accelerator, config.max_grad_norm
+        self.ranks = Ranks.started(accelerator.device)
         self.bare = model
         parameters = [p for _, p in trained_parameters(model)]
         if not parameters:
@@ -103,21 +127,29 @@ class Optimization:
         """One optimizer step over micro-batches: the gradient of their mean loss over all supervised tokens.
 
         Args:
-            batches: micro-batches of the step; accumulation gives the gradient of the one large batch.
+            batches: micro-batches of the whole step, the same for every process; accumulation gives the gradient of the one
+                large batch.
             lr: learning rate of the step.
-            observe: called with each micro-batch's rows and per-sample statistics.
+            observe: called with rows and per-sample statistics of each micro-batch of this process.
             first_order: sketches each micro-batch's gradients.
         """
         num_items = sum(batch.num_items for batch in batches)
         total = torch.zeros((), device=self.device)
-        for number, batch in enumerate(batches):
+        own = self.ranks.share(batches)
+        # Gradients are exchanged at the last micro-batch: who has one less than the others still takes part.
+        idle = self.ranks.idles(batches)
+        for number, batch in enumerate([*own, without_supervision(batches[0])] if idle else own):
             batch = batch.to(self.device)
-            with self._sync_only(last=number == len(batches) - 1), self._sketched(first_order, batch, num_items):
-                out = self.model(batch, num_items=max(num_items, 1), stats=None if observe is None else "all")
-                self.accelerator.backward(out.loss)
+            is_idle, is_last = number == len(own), number + 1 == len(own) + idle
+            statistics = None if observe is None or is_idle else "all"
+            with self._sync_only(last=is_last), self._sketched(first_order, batch, num_items):
+                out = self.model(batch, num_items=max(num_items, 1), stats=statistics)
+                # The exchange takes the mean over processes, and the sum is wanted.
+                self.accelerator.backward(out.loss * self.ranks.world if self.ranks.world > 1 else out.loss)
             total += out.loss.detach()
-            if observe is not None:
+            if observe is not None and out.samples is not None:
                 observe(batch.rows, out.samples)
+        self.ranks.sum(total)
         limit = self.max_grad_norm if self.max_grad_norm > 0.0 else math.inf
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         for group in self.optimizer.param_groups:
@@ -150,23 +182,38 @@ class Optimization:
 
 
 @torch.no_grad()
-def evaluate(model: PackedModel, samples: Sequence[Sample], *, pack_tokens: int, device: torch.device, desc: str) -> Tensor:
-    """Mean nll per supervised token of each sample, fp32 [n] on the CPU, in evaluation mode."""
+def evaluate(
+    model: PackedModel,
+    samples: Sequence[Sample],
+    *,
+    pack_tokens: int,
+    device: torch.device,
+    desc: str,
+    ranks: Ranks | None = None,
+) -> Tensor:
+    """Mean nll per supervised token of each sample, fp32 [n] on the CPU, in evaluation mode; `ranks` share the work."""
+    ranks = Ranks() if ranks is None else ranks
     was_training = model.training
     model.eval()
-    losses = []
-    for index in tqdm(fill([len(s) for s in samples], pack_tokens), desc=desc, delay=2, leave=False):
+    losses = torch.zeros(len(samples), device=device)
+    bins = fill([len(s) for s in samples], pack_tokens)
+    for index in tqdm(ranks.share(bins), desc=desc, delay=2, leave=False, disable=not ranks.is_first):
         batch = pack([samples[i] for i in index]).to(device)
-        losses.append(model(batch, stats="loss").samples.loss.float().cpu())
+        losses[index] = model(batch, stats="loss").samples.loss.float()
+    if ranks.idles(bins):  # where weights are sharded, all take part in each forward pass
+        model(pack([samples[i] for i in bins[0]]).to(device), stats="loss")
     model.train(was_training)
-    return torch.cat(losses)
+    return ranks.sum(losses).cpu()
 
 
-def step_batches(samples: Sequence[Sample], rows: Sequence[int], config: PrepareConfig) -> list[list[PackedBatch]]:
-    """Packs samples, in order, into optimizer steps of at most `step_tokens`, each of up to `accumulation` micro-batches."""
+def step_batches(
+    samples: Sequence[Sample], rows: Sequence[int], config: PrepareConfig, world: int = 1
+) -> list[list[PackedBatch]]:
+    """Packs samples, in order, into optimizer steps of at most `step_tokens`, each of up to `accumulation` micro-batches a
+    process."""
     steps = []
     for index in balanced_fill([len(s) for s in samples], config.step_tokens):
-        runs = split_evenly([len(samples[i]) for i in index], config.accumulation)
+        runs = split_evenly([len(samples[i]) for i in index], config.accumulation * world)
         steps.append([pack([samples[index[i]] for i in run], [rows[index[i]] for i in run]) for run in runs if run])
     return steps
 
@@ -223,8 +270,14 @@ class TrainingRun:
 
 def attach(engine: LeadEngine, optimization: Optimization) -> FirstOrder | None:
     """Shows estimators the weights that they follow; returns the one that wants the gradients as well, if any."""
-    engine.track([p for _, p in trained_parameters(optimization.bare)])
+    weights = [p for _, p in trained_parameters(optimization.bare)]
+    followers = [name for name, e in engine.estimators.items() if e.needs_weights]
+    if followers and any(isinstance(p, DTensor) for p in weights):
+        raise TrainingError(f"estimator {followers[0]!r} follows whole weights, which FSDP shards; use grad_norm or none")
+    engine.track(weights)
     first_order = next((e for e in engine.estimators.values() if isinstance(e, FirstOrder)), None)
+    if first_order is not None and optimization.ranks.world > 1:
+        raise TrainingError("estimator 'first_order' runs in one process; use grad_norm")
     if first_order is not None and first_order.sketch is None:
         first_order.follow(optimization.bare, seed=engine.config.seed)
     return first_order
@@ -263,7 +316,7 @@ def run_rounds(
     Raises:
         TrainingError: the loss of a whole round is not finite.
     """
-    run = TrainingRun() if run is None else run
+    run, ranks = TrainingRun() if run is None else run, optimization.ranks
     clock, run.cuts.max_length = run.clock, config.max_length
     first_order = attach(engine, optimization)
 
@@ -282,7 +335,8 @@ def run_rounds(
         score()
     total = config.train_tokens if config.train_tokens is not None else engine.budget
     done = run.trained_tokens if config.train_tokens else engine.num_used if run.open is None else run.open.used_before
-    with tqdm(total=total, initial=done, desc=desc, unit="tok" if config.train_tokens else "row", delay=2) as bar:
+    unit = "tok" if config.train_tokens else "row"
+    with tqdm(total=total, initial=done, desc=desc, unit=unit, delay=2, disable=not ranks.is_first) as bar:
         while run.open is not None or config.train_tokens is None or run.trained_tokens < config.train_tokens:
             if run.open is None:
                 used_before = engine.num_used
@@ -290,6 +344,8 @@ def run_rounds(
                     rnd = engine.begin_round()
                 if rnd is None:
                     break
+                # A digest, so that ranks which disagree stop here and not in a wrong model.
+                ranks.agree(f"the rows of round {rnd.number}", zlib.crc32(rnd.rows.numpy().tobytes()))
                 run.open = OpenRound(used_before)
             else:
                 rnd = engine.open_round
@@ -298,7 +354,7 @@ def run_rounds(
             with clock.part("data"):
                 rows = rnd.rows.tolist()
                 samples = samples_of(rows)
-                steps = step_batches(samples, rows, config)
+                steps = step_batches(samples, rows, config, ranks.world)
             for number in range(len(trained), len(steps)):
                 lr = learning_rate(
                     _progress(engine, run, config, used_before, number / len(steps)),

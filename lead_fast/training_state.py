@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lead_fast.checkpoint import State, tensor_bytes
 from lead_fast.models import trained_parameters
 from lead_fast.packing import CutCounts
 from lead_fast.pool import ARRAYS, Pool
+from lead_fast.ranks import Ranks
 from lead_fast.trainer import OpenRound, Optimization, StepResult, TrainingError, TrainingRun, attach
 
 if TYPE_CHECKING:
@@ -55,15 +57,17 @@ class TrainingState:
     def capture(self, run: TrainingRun) -> State:
         """The state at a boundary of optimizer steps; tensors are the live ones, on their own devices.
 
+        All processes must call it. Sharded tensors are put together on the host of the first one, which alone gets the whole.
+
         Raises:
             TrainingError: a trained weight is not finite; going on from it would lead nowhere.
         """
         return {
-            "weights": _weights(self.optimization.bare),
+            "weights": _weights(self.optimization),
             "optimizer": _optimizer(self.optimization),
             "engine": self.engine.state_dict(),
             "signals": self.signals.state_dict(),
-            "random": random_state(),
+            "random": {str(rank): state for rank, state in enumerate(self.optimization.ranks.gather(random_state()))},
             "run": _run(run),
             "identity": self.identity,
             "environment": environment(self.optimization),
@@ -95,7 +99,9 @@ class TrainingState:
         _restore_optimizer(self.optimization, state["optimizer"])
         self.engine.load_state_dict(state["engine"])
         self.signals.load_state_dict(state["signals"])
-        restore_random_state(state["random"])
+        # Processes that were not there before keep the state that they were seeded with.
+        if (saved := state["random"].get(str(self.optimization.ranks.number))) is not None:
+            restore_random_state(saved)
         return _restore_run(state["run"], rounds)
 
 
@@ -104,7 +110,7 @@ def frozen_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
-            flat = weight.detach().reshape(-1)
+            flat = _whole(weight.detach()).reshape(-1)
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(tensor_bytes(flat[:: max(1, len(flat) // _SAMPLED)]))
     return digest.hexdigest()
@@ -127,19 +133,40 @@ def environment(optimization: Optimization) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "precision": str(optimization.accelerator.mixed_precision),
+        "processes": optimization.ranks.world,
     }
 
 
 # Weights and optimizer
 
 
-def _weights(model: nn.Module) -> State:
-    parameters = dict(trained_parameters(model))
-    finite = torch.stack([torch.isfinite(p.detach()).all() for p in parameters.values()])
-    if not bool(finite.all()):
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP shards, put together; all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _on_first(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """The whole of a sharded tensor on the host of the first process, nothing on the others; any other tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor().cpu() if ranks.is_first else tensor.full_tensor()[:0]
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor of the parameter's shape, sharded as the parameter is."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def _weights(optimization: Optimization) -> State:
+    parameters, ranks = dict(trained_parameters(optimization.bare)), optimization.ranks
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters.values()]
+    finite = torch.stack([torch.isfinite(p.detach()).all() for p in local])
+    if ranks.any(not bool(finite.all())):
         name = list(parameters)[int(finite.int().argmin())]
         raise TrainingError(f"checkpoint: {name} holds NaN or infinity, so none was written; lower --learning-rate")
-    return parameters
+    return {name: _on_first(p.detach(), ranks) for name, p in parameters.items()}
 
 
 @torch.no_grad()
@@ -153,12 +180,16 @@ def _restore_weights(model: nn.Module, saved: dict[str, Tensor]) -> None:
         if value.shape != parameter.shape or value.dtype != parameter.dtype:
             raise ValueError(f"checkpoint: {name} must be {parameter.dtype} {list(parameter.shape)}, "
                              f"got {value.dtype} {list(value.shape)}")  # fmt: skip
-        parameter.copy_(value)
+        parameter.copy_(_like(value, parameter))
 
 
 def _optimizer(optimization: Optimization) -> State:
     names = {id(p): name for name, p in trained_parameters(optimization.bare)}
-    state = {names[id(p)]: dict(entry) for p, entry in optimization.optimizer.state.items()}
+    ranks = optimization.ranks
+    state = {
+        names[id(p)]: {k: _on_first(v, ranks) if isinstance(v, Tensor) else v for k, v in entry.items()}
+        for p, entry in optimization.optimizer.state.items()
+    }
     groups = [group | {"params": [names[id(p)] for p in group["params"]]} for group in optimization.optimizer.param_groups]
     scaler = optimization.accelerator.scaler
     return {"state": state, "groups": groups, "scaler": None if scaler is None else scaler.state_dict()}
@@ -169,8 +200,9 @@ def _restore_optimizer(optimization: Optimization, saved: State) -> None:
     optimizer, state = optimization.optimizer, {}
     order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     for name, entry in saved["state"].items():
+        parameter = parameters[name]
         # Cloned: the saved tensors are views of the file.
-        state[order[id(parameters[name])]] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
+        state[order[id(parameter)]] = {k: _like(v.clone(), parameter) if isinstance(v, Tensor) else v for k, v in entry.items()}
     groups = [
         # JSON has no tuples.
         {k: tuple(v) if isinstance(live.get(k), tuple) else v for k, v in group.items()}

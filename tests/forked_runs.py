@@ -1,7 +1,7 @@
 """Runs of the command line in processes that may be killed: one interpreter imports everything, each run is a fork of it.
 
-As a script it is that interpreter: a line of JSON on stdin starts a run (see `Runs.start`) and is answered with {"pid"}; an
-empty object is answered with {"status"} when the run has ended. A fork costs milliseconds where a new interpreter costs
+As a script it is that interpreter: a line of JSON on stdin starts a run (see `Runs.start`) and is answered with {"pid"}; the
+pid of a run is answered with {"status"} when it has ended. A fork costs milliseconds where a new interpreter costs
 seconds of imports. Faults come from outside the package: calls of `os` are wrapped, limits of the process are set.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ class Run:
 
     def wait(self) -> int:
         """The exit status; minus the signal's number of a killed process."""
-        return self._runs.ask({})["status"]
+        return self._runs.ask({"wait": self.pid})["status"]
 
     def kill(self) -> int:
         """SIGKILL; the exit status of a run that had ended before."""
@@ -71,10 +72,22 @@ class Runs:
                 `part`, the process stands still until it is killed.
             slow: seconds that each call of os.fsync takes longer that touches a checkpoint being written.
             file_limit: bytes that a file may have (RLIMIT_FSIZE).
+            environment: variables of this run.
         """
         self._count += 1
         log = self.folder / f"{self._count:03d}.log"
         return Run(self, log, self.ask({"argv": list(argv), "log": str(log), **faults})["pid"])
+
+    def start_ranks(self, argv: Sequence[str], world: int = 2, faults: dict[int, dict[str, Any]] | None = None) -> list[Run]:
+        """Starts the run as `world` processes, as a launcher does; `faults` by rank, as in `start`."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        return [
+            self.start(argv, environment=place | {"RANK": str(r), "LOCAL_RANK": str(r)}, **(faults or {}).get(r, {}))
+            for r in range(world)
+        ]
 
     def ask(self, question: dict[str, Any]) -> dict[str, int]:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -108,20 +121,21 @@ def _serve() -> None:
 
     import lead_fast.run  # noqa: F401
 
-    pid = 0
     for line in sys.stdin:
-        if job := json.loads(line):
+        job = json.loads(line)
+        if "wait" in job:
+            answer = {"status": os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1])}
+        else:
             if (pid := os.fork()) == 0:
                 _run(job)
             answer = {"pid": pid}
-        else:
-            answer = {"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}
         print(json.dumps(answer), flush=True)
 
 
 def _run(job: dict[str, Any]) -> None:
     from lead_fast.cli import main
 
+    os.environ.update(job.get("environment", {}))
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ def finished(run: Run) -> None:
     """Waits for the end of a run, which must be a good one."""
     status = run.wait()
     assert status == 0, run.log.read_text()
+
+
+def wait_for_rounds(run: Run, out: Path, number: int) -> None:
+    """Returns when rounds.jsonl has so many lines."""
+    deadline = time.monotonic() + 60.0
+    path = out / "rounds.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < number:
+        assert time.monotonic() < deadline, run.log.read_text()
+        time.sleep(0.002)
 
 
 def rounds_of(out: Path) -> list[dict[str, Any]]:

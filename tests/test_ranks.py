@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from test_engine_from_spec import Script, make_pool, rows_of, same_state, samples
 
 import lead_fast as lf
+from lead_fast.ranks import Ranks
 
 ROUNDS = 25
 OPTIONS = {"budget": 1.0, "max_uses": 3, "rate": 0.1, "min_rounds": 15}
@@ -56,3 +57,24 @@ def test_ranks_hold_the_table_of_one_process(world, options, tmp_path):
         got = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert got["reports"] == reports
         assert same_state(got["state"], engine.state_dict())
+
+
+def disagreeing_main(rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    ranks = Ranks.started("cpu")
+    assert (ranks.number, ranks.world, ranks.is_first) == (rank, world, rank == 0)
+    assert ranks.share([10, 11, 12, 13, 14]) == [[10, 13], [11, 14], [12]][rank]
+    assert [ranks.idles([10] * n) for n in (3, 4, 5)] == [False, rank > 0, rank > 1]
+    assert [ranks.any(rank == 2), ranks.any(False), ranks.of_first(7 + rank)] == [True, False, 7]
+    assert ranks.gather({"rank": rank}) == [{"rank": r} for r in range(world)]
+    ranks.agree("the seed", 5)
+    with pytest.raises(RuntimeError, match=r"the 3 processes must agree on the rows of round 4, got \[0, 1, 2\]"):
+        ranks.agree("the rows of round 4", rank)
+    dist.destroy_process_group()
+
+
+def test_ranks_share_work_and_notice_when_they_disagree(tmp_path):
+    mp.spawn(disagreeing_main, (3, str(tmp_path)), nprocs=3)
+    alone = Ranks.started("cpu")
+    assert alone.world == 1 and alone.share([1, 2]) == [1, 2] and not alone.idles([1]) and alone.gather(3) == [3]
+    alone.agree("anything", 1)

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import yaml
-from same_run import assert_same_run, finished
+from same_run import assert_same_run, finished, wait_for_rounds
 
 from lead_fast.checkpoint import Checkpoints
 from lead_fast.cli import main
@@ -28,14 +28,6 @@ def checkpoints_of(out):
     checkpoints = Checkpoints(out / "checkpoints")
     assert checkpoints.load().path == checkpoints.paths()[-1]
     return [path.name for path in checkpoints.paths()]
-
-
-def wait_for_rounds(run, out, number):
-    deadline = time.monotonic() + 60.0
-    path = out / "rounds.jsonl"
-    while not path.exists() or path.read_bytes().count(b"\n") < number:
-        assert time.monotonic() < deadline, run.log.read_text()
-        time.sleep(0.002)
 
 
 @pytest.fixture

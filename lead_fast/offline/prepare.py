@@ -27,8 +27,9 @@ from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.pretrain import pretrained_model
 from lead_fast.offline.scoring import Scores, score_pool
 from lead_fast.offline.warmup import warm_up
-from lead_fast.packing import ChatEncoder
+from lead_fast.packing import ChatEncoder, CutCounts
 from lead_fast.pool import Pool
+from lead_fast.ranks import Ranks
 from lead_fast.trainer import make_accelerator
 
 logger = logging.getLogger(__name__)
@@ -78,11 +79,12 @@ def load_base(path: str, config: PrepareConfig) -> PreTrainedModel:
 class Stages:
     """Folders that are whole or absent, each with the key of what made it.
 
-    A stage whose key has changed (its options, its input, or a stage before it) is made again.
+    A stage whose key has changed (its options, its input, or a stage before it) is made again. Several processes make a
+    stage together, and the first one writes it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self.folder, self.ranks = folder, ranks
 
     def key(self, name: str, **settings: Any) -> str:
         text = json.dumps({"stage": name, **settings}, sort_keys=True, default=str)
@@ -90,17 +92,23 @@ class Stages:
 
     def done(self, name: str, key: str) -> bool:
         path = self.folder / name / "stage.json"
-        return path.exists() and json.loads(path.read_text())["key"] == key
+        done = path.exists() and json.loads(path.read_text())["key"] == key
+        return bool(self.ranks.of_first(int(done)))
 
     @contextmanager
-    def write(self, name: str, key: str, **notes: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """A temporary folder and a dict of notes; both land when the block ends without an error."""
+    def write(self, name: str, key: str, **notes: Any) -> Iterator[tuple[Path | None, dict[str, Any]]]:
+        """A temporary folder, None where another process writes, and a dict of notes; both land when the block ends without
+        an error."""
         start = time.perf_counter()
-        with atomic_path(self.folder / name) as temporary:
-            temporary.mkdir(parents=True)
-            yield temporary, notes
-            notes["seconds"] = round(time.perf_counter() - start, 3)
-            (temporary / "stage.json").write_text(json.dumps({"key": key, **notes}, indent=2))
+        if self.ranks.is_first:
+            with atomic_path(self.folder / name) as temporary:
+                temporary.mkdir(parents=True)
+                yield temporary, notes
+                notes["seconds"] = round(time.perf_counter() - start, 3)
+                (temporary / "stage.json").write_text(json.dumps({"key": key, **notes}, indent=2))
+        else:
+            yield None, notes
+        self.ranks.wait()
 
     def notes(self, name: str) -> dict[str, Any]:
         return json.loads((self.folder / name / "stage.json").read_text())
@@ -120,9 +128,11 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
         pool: a raw pool. One that already has arms and first utilities (the official LEAD pool) is taken as it is.
         config: model, warm-up, clusters.
         lead: seed, and what becomes of rows with difficulty above 1.
-        folder: gets model/ (with `model_config`), start/, scores/, pool/ and prepare.json.
+        folder: gets model/ (with `model_config`), start/, scores/, pool/ and prepare.json. Several processes share the
+            warm-up's steps and the rows to score; all must see this folder.
     """
-    stages, lead = Stages(folder), lead.resolve()
+    ranks = Ranks.started(make_accelerator(config).device)
+    stages, lead = Stages(folder, ranks), lead.resolve()
     summary: dict[str, Any] = {"model_config": config.model_config, "tuning": config.tuning}
     summary |= {"rows_read": len(pool), "rows_rejected": pool.num_rejected}
     base, pool = _base_model(pool, config, lead.seed, stages, summary)
@@ -137,13 +147,18 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
         encoder = ChatEncoder(tokenizer, config.max_length)
         start = folder / "start"
         key = _warm_up(pool, encoder, base, config, lead.seed, stages, summary)
-        key = _score(pool, encoder, base, config, lead.seed, stages, key, summary)
-        prepared_pool = _cluster(pool, config, lead, stages, key, summary)
+        _score(pool, encoder, base, config, lead.seed, stages, key, summary)
+        if not ranks.is_first:
+            ranks.wait()
+            return load_prepared(folder)
+        prepared_pool = _cluster(pool, config, lead, stages, summary)
     summary["rows"] = len(prepared_pool)
     summary["rows_aside"] = int(prepared_pool.aside.sum())
-    with atomic_path(folder / "pool") as temporary:
-        prepared_pool.save(temporary)
-    write_json(folder / PREPARED_FILE, summary)
+    if ranks.is_first:
+        with atomic_path(folder / "pool") as temporary:
+            prepared_pool.save(temporary)
+        write_json(folder / PREPARED_FILE, summary)
+    ranks.wait()
     return Prepared(prepared_pool, base, start, summary)
 
 
@@ -162,7 +177,8 @@ def _base_model(pool: Pool, config: PrepareConfig, seed: int, stages: Stages, su
     key = stages.key("model", source=cached.name)
     if not stages.done("model", key):
         with stages.write("model", key, rows=count) as (folder, notes):
-            shutil.copytree(cached, folder, dirs_exist_ok=True)
+            if folder is not None:
+                shutil.copytree(cached, folder, dirs_exist_ok=True)
             notes["pretraining_seconds"] = round(time.perf_counter() - start, 3)
     summary["pretraining"] = {"rows": count, "seconds": stages.notes("model")["pretraining_seconds"]}
     return str((stages.folder / "model").resolve()), pool.subset(rest)
@@ -170,7 +186,7 @@ def _base_model(pool: Pool, config: PrepareConfig, seed: int, stages: Stages, su
 
 def _model_settings(config: PrepareConfig) -> dict[str, Any]:
     names = ("tuning", "lora_rank", "lora_alpha", "weight_decay", "max_grad_norm", "step_tokens", "accumulation",
-             "precision", "max_length")  # fmt: skip
+             "precision", "max_length",)  # fmt: skip
     return {name: getattr(config, name) for name in names} | {"learning_rate": config.peak_learning_rate}
 
 
@@ -204,31 +220,34 @@ def _warm_up(
 def _score(
     pool: Pool, encoder: ChatEncoder, base: str, config: PrepareConfig, seed: int, stages: Stages, previous: str,
     summary: dict[str, Any],
-) -> str:  # fmt: skip
+) -> None:  # fmt: skip
     key = stages.key("scores", previous=previous)
     if not stages.done("scores", key):
         start = stages.folder / "start"
         model = load_base(str(start), config) if config.tuning == "full" else load_lora(load_base(base, config), start)
         device = make_accelerator(config).device
+        ranks = stages.ranks
         encoder.cuts = type(encoder.cuts)(max_length=config.max_length)
-        samples = encoder.encode(pool.iter_messages())
+        rows = np.arange(ranks.number, len(pool), ranks.world)
         with stages.write("scores", key) as (folder, notes):
-            scores = score_pool(
-                PackedModel(model), samples, len(pool), pack_tokens=config.pack_tokens, device=device, seed=seed
-            )
+            own = score_pool(
+                PackedModel(model), encoder.encode(pool.iter_messages(rows)), len(rows), pack_tokens=config.pack_tokens,
+                device=device, seed=seed, quiet=not ranks.is_first,
+            )  # fmt: skip
+            shares = ranks.gather((own, encoder.cuts))
+            scores = Scores.merge([share for share, _ in shares])
+            encoder.cuts = CutCounts.merge([cuts for _, cuts in shares])
             arrays = {f.name: getattr(scores, f.name) for f in dataclasses.fields(Scores) if f.name != "tokens"}
-            save_file(arrays, folder / "scores.safetensors")
+            if folder is not None:
+                save_file(arrays, folder / "scores.safetensors")
             notes |= {"tokens": scores.tokens, "cuts": dataclasses.asdict(encoder.cuts)}
         if encoder.cuts.prompts or encoder.cuts.answers:
             logger.warning("%s", encoder.cuts)
     notes = stages.notes("scores")
     summary["scoring"] = {k: notes[k] for k in ("tokens", "cuts", "seconds")}
-    return key
 
 
-def _cluster(
-    pool: Pool, config: PrepareConfig, lead: LeadConfig, stages: Stages, previous: str, summary: dict[str, Any]
-) -> Pool:
+def _cluster(pool: Pool, config: PrepareConfig, lead: LeadConfig, stages: Stages, summary: dict[str, Any]) -> Pool:
     """Arms and tasks from the scores; what becomes of rows whose prompt does not help."""
     scores = load_file(stages.folder / "scores" / "scores.safetensors")
     difficulty = scores["difficulty"].copy()

@@ -8,10 +8,12 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -20,6 +22,7 @@ from lead_fast.config import PrepareConfig
 from lead_fast.files import atomic_path
 from lead_fast.models import MODEL_SIZES, build_model, save_model
 from lead_fast.packing import PLAIN_TEMPLATE, ChatEncoder, Messages, Sample, balanced_fill, pack
+from lead_fast.ranks import Ranks
 from lead_fast.trainer import Optimization, learning_rate, make_accelerator
 
 logger = logging.getLogger(__name__)
@@ -70,7 +73,9 @@ def pretrained_model(conversations: Sequence[Messages], config: PrepareConfig, *
     for messages in conversations:
         digest.update(json.dumps(messages).encode())
     folder = cache_folder() / "models" / f"{size}-{digest.hexdigest()[:16]}"
-    if folder.exists():
+    accelerator = make_accelerator(config)
+    ranks = Ranks.started(accelerator.device)
+    if ranks.of_first(int(folder.exists())):
         logger.info("pretrained model: %s (cached)", folder)
         return folder
     texts = (message["content"] for messages in conversations for message in messages)
@@ -78,22 +83,24 @@ def pretrained_model(conversations: Sequence[Messages], config: PrepareConfig, *
     encoder = ChatEncoder(tokenizer, config.max_length)
     encoded = tqdm(encoder.encode(conversations), total=len(conversations), desc="tokenizing", delay=2, leave=False)
     samples = [Sample(s.input_ids, np.ones(len(s), bool), s.keep_alone) for s in encoded]
-    model = _pretrain(samples, tokenizer, config, size, seed)
-    with atomic_path(folder) as temporary:
+    model = _pretrain(samples, tokenizer, accelerator, config, size, seed)
+    with atomic_path(folder) if ranks.is_first else nullcontext() as temporary:
         save_model(model, tokenizer, temporary)
+    ranks.wait()
     return folder
 
 
 def _pretrain(
-    samples: list[Sample], tokenizer: PreTrainedTokenizerBase, config: PrepareConfig, size: str, seed: int
-) -> torch.nn.Module:
-    accelerator = make_accelerator(config)
+    samples: list[Sample], tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, config: PrepareConfig, size: str,
+    seed: int,
+) -> torch.nn.Module:  # fmt: skip
     model = build_model(size, tokenizer, seed=seed, device=accelerator.device)
     optimization = Optimization(model, accelerator, config)
     generator = np.random.default_rng(seed)
     target = math.ceil(config.pretrain_epochs * sum(len(s) for s in samples))
     done = 0
-    with tqdm(total=target, desc=f"pretraining the {size} model", unit="tok", unit_scale=True, delay=2) as bar:
+    title, quiet = f"pretraining the {size} model", not optimization.ranks.is_first
+    with tqdm(total=target, desc=title, unit="tok", unit_scale=True, delay=2, disable=quiet) as bar:
         while done < target:
             order = generator.permutation(len(samples))
             for index in balanced_fill([len(samples[i]) for i in order], config.step_tokens):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,11 +37,23 @@ class Scores:
     embedding: np.ndarray
     tokens: int
 
+    @classmethod
+    def merge(cls, parts: Sequence[Scores]) -> Scores:
+        """Of rows dealt round robin, the scores of each share."""
+        merged: dict[str, Any] = {}
+        for name in ("utility", "difficulty", "num_tokens", "embedding"):
+            columns = [getattr(part, name) for part in parts]
+            merged[name] = np.empty((sum(map(len, columns)), *columns[0].shape[1:]), columns[0].dtype)
+            for number, column in enumerate(columns):
+                merged[name][number :: len(parts)] = column
+        return cls(**merged, tokens=sum(part.tokens for part in parts))
+
 
 @torch.no_grad()
 def score_pool(
-    model: PackedModel, samples: Iterable[Sample], num_rows: int, *, pack_tokens: int, device: torch.device, seed: int
-) -> Scores:
+    model: PackedModel, samples: Iterable[Sample], num_rows: int, *, pack_tokens: int, device: torch.device, seed: int,
+    quiet: bool = False,
+) -> Scores:  # fmt: skip
     """Scores every sample; each brings two sequences into the same batch, [prompt answer] and [answer].
 
     Args:
@@ -49,13 +62,14 @@ def score_pool(
         num_rows: N.
         pack_tokens: tokens of a forward pass.
         seed: of the embedding's projection.
+        quiet: no bar.
     """
     model.eval()
     size = model.causal_lm.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(seed)
     projection = torch.randn(size, EMBEDDING_SIZE, generator=generator).to(device) / EMBEDDING_SIZE**0.5
     utility, alone, num_tokens, embedding, tokens = [], [], [], [], 0
-    with tqdm(total=num_rows, desc="scoring the pool", unit="row", delay=2) as bar:
+    with tqdm(total=num_rows, desc="scoring the pool", unit="row", delay=2, disable=quiet) as bar:
         for pairs in _paired_batches(samples, pack_tokens):
             batch = pack(pairs).to(device)
             hidden = model.hidden(batch)
@@ -69,7 +83,8 @@ def score_pool(
             embedding.append((_prompt_means(hidden, pairs, batch) @ projection).half().cpu())
             tokens += batch.num_tokens
             bar.update(len(pairs) // 2)
-    first, second = torch.cat(utility), torch.cat(alone)
+    first, second = torch.cat([torch.zeros(0), *utility]), torch.cat([torch.zeros(0), *alone])
+    embedding.append(torch.zeros(0, EMBEDDING_SIZE, dtype=torch.half))
     difficulty = torch.where(second <= _ALONE_FLOOR, 1.0, first / second.clamp_min(_ALONE_FLOOR))
     return Scores(first.numpy(), difficulty.numpy(), np.array(num_tokens, np.int32), torch.cat(embedding).numpy(), tokens)
 

@@ -20,9 +20,10 @@ def warm_up(model: nn.Module, samples: Sequence[Sample], config: PrepareConfig) 
         Mean of the steps' losses over the last tenth (at least one), nats per supervised token.
     """
     optimization = Optimization(model, make_accelerator(config), config)
-    steps = step_batches(samples, [-1] * len(samples), config)
+    ranks = optimization.ranks
+    steps = step_batches(samples, [-1] * len(samples), config, ranks.world)
     losses: list[torch.Tensor] = []
-    for number, batches in enumerate(tqdm(steps, desc="warm-up", delay=2, leave=False)):
+    for number, batches in enumerate(tqdm(steps, desc="warm-up", delay=2, leave=False, disable=not ranks.is_first)):
         lr = learning_rate(number / len(steps), peak=config.peak_learning_rate, schedule="linear", warmup=0.03)
         losses.append(optimization.step(batches, lr).loss)
     tail = losses[-max(1, len(losses) // 10) :]

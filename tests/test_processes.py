@@ -1,0 +1,152 @@
+"""Several processes train as one: the same choices, the same weights; one that dies loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from same_run import METHODS, PREPARE, finished, rounds_of, wait_for_rounds
+
+from lead_fast.checkpoint import Checkpoints
+from lead_fast.pool import Pool
+
+AUDIT = ["--audit-every", "4", "--audit-rows", "12"]
+
+
+def statuses(ranks):
+    return [rank.wait() for rank in ranks]
+
+
+def finished_ranks(ranks):
+    assert statuses(ranks) == [0] * len(ranks), "\n".join(rank.log.read_text() for rank in ranks)
+
+
+def assert_same_training(out, reference):
+    """What was chosen, logged, re-scored and learned is the same, bit for bit."""
+    assert (out / "selected.jsonl").read_bytes() == (reference / "selected.jsonl").read_bytes()
+    assert rounds_of(out) == rounds_of(reference)
+    weights = [path.name for path in (reference / "model").glob("*.safetensors")]
+    assert weights
+    for name in weights:
+        assert (out / "model" / name).read_bytes() == (reference / "model" / name).read_bytes(), name
+    for folder in ("utilities", "audit"):
+        assert sorted(p.name for p in out.glob(f"{folder}/*.parquet")) == sorted(
+            p.name for p in reference.glob(f"{folder}/*.parquet")
+        )
+        for path in reference.glob(f"{folder}/*.parquet"):
+            assert pq.read_table(out / folder / path.name).equals(pq.read_table(path)), path.name
+    one, two = (json.loads((folder / "summary.json").read_text()) for folder in (out, reference))
+    for timed in ("out", "model", "seconds", "seconds_by_part"):
+        del one[timed], two[timed]
+    assert one == two
+
+
+def options_of(reference, method):
+    """The command line of a method without its accumulation."""
+    options, _ = reference(method)
+    if "--accumulation" in options:
+        at = options.index("--accumulation")
+        options = options[:at] + options[at + 2 :]
+    return options
+
+
+@pytest.fixture(scope="module")
+def one_process(runs, reference, tmp_path_factory):
+    """A function: the run of one process that accumulates over two micro-batches, made once a method."""
+    folder, made = tmp_path_factory.mktemp("one"), {}
+
+    def run(method):
+        if method not in made:
+            made[method] = folder / method
+            options = [*options_of(reference, method), "--accumulation", "2", *AUDIT]
+            finished(runs.start([*options, "--out", str(made[method])]))
+        return made[method]
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_are_one_that_accumulates_over_two_micro_batches(method, runs, reference, one_process, tmp_path):
+    expected = one_process(method)
+    ranks = runs.start_ranks([*options_of(reference, method), *AUDIT, "--out", str(tmp_path / "run")])
+    finished_ranks(ranks)
+    assert_same_training(tmp_path / "run", expected)
+    assert json.loads(ranks[0].log.read_text().splitlines()[-1])["rounds"] > 8
+    assert ranks[1].log.read_text() == ""  # one process speaks
+
+
+def test_three_processes_agree_and_finish(runs, reference, tmp_path):
+    """Steps of two or four micro-batches over three processes: some have nothing to do at the end of a step."""
+    options = options_of(reference, "lora")
+    finished_ranks(runs.start_ranks([*options, "--out", str(tmp_path / "run")], world=3))
+    records = rounds_of(tmp_path / "run")
+    assert len({r["arm"] for r in records}) > 1 and all(r["quarantined"] == 0 for r in records)
+    # Every row of every round was observed by one of them.
+    assert sum(r["supervised_tokens"] for r in records) == sum(sum(r["step_items"]) for r in records)
+    assert all(r["mean_sample_loss"] is not None for r in records)
+
+
+def test_a_process_that_dies_ends_the_run_and_leaves_a_checkpoint(runs, reference, one_process, tmp_path):
+    options, out = [*options_of(reference, "lora"), *AUDIT], tmp_path / "run"
+    # Killed while the first process stands in the middle of a checkpoint, and waits for it ever after.
+    ranks = runs.start_ranks([*options, "--out", str(out)], faults={0: {"hold": ["rename", ".writing", 4]}})
+    assert ranks[0].wait_until_held()
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    assert ranks[1].wait() == -signal.SIGKILL
+    assert ranks[0].kill() == -signal.SIGKILL
+    before = [path.name for path in Checkpoints(out / "checkpoints").paths()]
+    assert len(before) == 2
+
+    command = [*options, "--out", str(out), "--resume"]
+    ranks = runs.start_ranks(command)
+    wait_for_rounds(ranks[0], out, 6)
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    assert statuses(ranks) == [1, -signal.SIGKILL]
+    log = ranks[0].log.read_text()
+    assert "another process of the run has ended or cannot be reached" in log and "Traceback" not in log
+    newest = Checkpoints(out / "checkpoints").load()
+    assert newest.path.name > before[-1]
+    assert f"the last checkpoint is {newest.path.name}; go on with: lead-fast train --resume --out {out}" in log
+
+    finished_ranks(runs.start_ranks(command))
+    assert_same_training(out, one_process("lora"))
+
+
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(runs, reference, one_process, tmp_path):
+    options, out = [*options_of(reference, "lora"), *AUDIT], tmp_path / "run"
+    command = [*options, "--out", str(out), "--resume"]
+    never = ["--checkpoint-minutes", "0", "--checkpoint-rounds", "0"]
+    ranks = runs.start_ranks([*command, *never])
+    wait_for_rounds(ranks[0], out, 2)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    assert statuses(ranks) == [143, 143]
+    log = ranks[0].log.read_text()
+    assert re.search(r"interrupted; the last checkpoint is step-\d+; go on with", log) and "Traceback" not in log
+    assert len(Checkpoints(out / "checkpoints").paths()) == 1
+    finished_ranks(runs.start_ranks(command))
+    assert_same_training(out, one_process("lora"))
+
+
+def test_torchrun_from_a_raw_pool(runs, reference, tmp_path):
+    """By the launcher itself; the processes share warm-up and scoring, and find what one process finds."""
+    reference("lora")
+    options = ["train", "--pool", str(reference.folder / "pool.jsonl"), *PREPARE, "--budget", "20", "--min-rounds", "5"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    finished(runs.start([*options, "--accumulation", "2", "--out", str(one)]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lead_fast"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LEAD_FAST_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*torchrun, *options, "--out", str(two)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["rows"] == 20
+    expected, got = (Pool.load(folder / "prepared" / "pool") for folder in (one, two))
+    np.testing.assert_allclose(got.utility, expected.utility, rtol=1e-4)
+    np.testing.assert_allclose(got.difficulty, expected.difficulty, rtol=1e-3)
+    assert np.array_equal(got.num_tokens, expected.num_tokens)
+    assert not [*two.rglob(".*.tmp")]
