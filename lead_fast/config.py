@@ -138,11 +138,17 @@ class PrepareConfig:
     tuning: str = option("lora", "train LoRA adapters or all weights", choices=("lora", "full"))
     lora_rank: int = option(64, "rank of the LoRA adapters")
     lora_alpha: float = option(16.0, "alpha of the LoRA adapters")
+    quantize: str | None = option(
+        None, "with tuning lora, load the frozen base in 4 bits (QLoRA: nf4, double quantization) or 8 bits, by bitsandbytes",
+        choices=("4bit", "8bit"),
+    )  # fmt: skip
+    gradient_checkpointing: bool = option(False, "recompute each layer's activations in backward instead of keeping them")
+    compile: bool = option(False, "compile the model's layers with torch.compile")
     learning_rate: float | None = option(None, "peak learning rate of AdamW; None: 2e-5, or 1e-3 with model_config")
     weight_decay: float = option(0.0, "weight decay of AdamW")
     max_grad_norm: float = option(1.0, "gradient clipping by global norm; 0 turns it off")
-    step_tokens: int = option(2048, "tokens (prompt and answer) packed into one optimizer step, at most")
-    accumulation: int = option(1, "micro-batches that an optimizer step is split into")
+    step_tokens: int = option(2048, "tokens (prompt and answer) packed into one optimizer step of all processes, at most")
+    accumulation: int = option(1, "micro-batches that an optimizer step is split into, in each process")
     precision: str = option("auto", "auto: bf16 on a GPU that has it, else fp32", choices=("auto", "fp32", "bf16", "fp16"))
     warmup_share: float = option(0.01, "share of the pool for the warm-up of section 2")
     num_arms: int = option(7, "difficulty clusters K")
@@ -167,6 +173,8 @@ class PrepareConfig:
             _check(self, name, 0.0 <= getattr(self, name) < 1.0, "in [0, 1)")
         for name in ("weight_decay", "max_grad_norm", "pretrain_epochs"):
             _check(self, name, getattr(self, name) >= 0.0, "at least 0")
+        _check(self, "quantize", self.quantize is None or self.tuning == "lora", "None unless tuning is 'lora'")
+        _check(self, "quantize", self.quantize is None or self.model_config is None, "None for a model built by model_config")
         _check(self, "threads", self.threads is None or self.threads >= 1, "at least 1, or None")
 
     @property

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from lead_fast.config import PrepareConfig, TrainConfig
 from lead_fast.engine import LeadEngine
 from lead_fast.first_order import FirstOrder
-from lead_fast.models import PackedModel, trained_parameters
+from lead_fast.models import PackedModel, checkpoint_activations, compile_layers, trained_parameters
 from lead_fast.ops import SampleStats
 from lead_fast.packing import CutCounts, PackedBatch, Sample, balanced_fill, fill, pack, split_evenly, without_supervision
 from lead_fast.ranks import Ranks
@@ -91,21 +91,27 @@ class Optimization:
     Args:
         model: a causal LM or a peft model; its parameters with requires_grad are trained.
         accelerator: decides device, precision and processes.
-        config: weight decay and gradient clipping.
+        config: weight decay, gradient clipping, recomputed activations, compilation.
 
     Attributes:
         ranks: the processes.
+        plain_layers: each layer runs once a micro-batch, as it is written.
     """
 
     def __init__(self, model: nn.Module, accelerator: Accelerator, config: PrepareConfig) -> None:
         self.accelerator, self.max_grad_norm = accelerator, config.max_grad_norm
         self.ranks = Ranks.started(accelerator.device)
-        self.bare = model
+        self.bare, self.plain_layers = model, not (config.gradient_checkpointing or config.compile)
         parameters = [p for _, p in trained_parameters(model)]
         if not parameters:
             raise TrainingError("no parameter is trainable: nothing to do")
         optimizer = torch.optim.AdamW(parameters, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
-        self.model, self.optimizer = accelerator.prepare(PackedModel(model), optimizer)
+        packed = PackedModel(model)
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
+        if config.compile:
+            compile_layers(model)
+        self.model, self.optimizer = accelerator.prepare(packed, optimizer)
         self.model.train()
 
     @property
@@ -278,6 +284,10 @@ def attach(engine: LeadEngine, optimization: Optimization) -> FirstOrder | None:
     first_order = next((e for e in engine.estimators.values() if isinstance(e, FirstOrder)), None)
     if first_order is not None and optimization.ranks.world > 1:
         raise TrainingError("estimator 'first_order' runs in one process; use grad_norm")
+    if first_order is not None and not optimization.plain_layers:
+        raise TrainingError(
+            "estimator 'first_order' reads the layers as they run: leave --gradient-checkpointing and --compile out"
+        )
     if first_order is not None and first_order.sketch is None:
         first_order.follow(optimization.bare, seed=engine.config.seed)
     return first_order

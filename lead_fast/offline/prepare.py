@@ -73,7 +73,9 @@ def load_base(path: str, config: PrepareConfig) -> PreTrainedModel:
     accelerator = make_accelerator(config)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(accelerator.mixed_precision))
     dtype = half if half is not None and config.tuning == "lora" else torch.float32
-    return load_model(path, dtype=dtype, device=accelerator.device, trust_remote_code=config.trust_remote_code)
+    return load_model(
+        path, dtype=dtype, device=accelerator.device, trust_remote_code=config.trust_remote_code, quantize=config.quantize
+    )
 
 
 class Stages:
@@ -186,7 +188,7 @@ def _base_model(pool: Pool, config: PrepareConfig, seed: int, stages: Stages, su
 
 def _model_settings(config: PrepareConfig) -> dict[str, Any]:
     names = ("tuning", "lora_rank", "lora_alpha", "weight_decay", "max_grad_norm", "step_tokens", "accumulation",
-             "precision", "max_length",)  # fmt: skip
+             "precision", "max_length", "quantize")  # fmt: skip
     return {name: getattr(config, name) for name in names} | {"learning_rate": config.peak_learning_rate}
 
 
