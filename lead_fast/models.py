@@ -98,7 +98,8 @@ def check_head(model: PreTrainedModel) -> None:
     if head.softcap:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     # A head in another precision than the body: its input is cast as `PackedModel.loss` does, or autocast will.
-    cast = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: tuple(arg.to(dtype) for arg in args))
+    module: Any = model.get_output_embeddings()
+    cast = module.register_forward_pre_hook(lambda _, args: tuple(arg.to(dtype) for arg in args))
     try:
         own = model(input_ids=ids, use_cache=False).logits
     finally:
