@@ -209,22 +209,45 @@ def test_gradcheck(reduction: str) -> None:
     assert torch.autograd.gradcheck(loss, leaves)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(lambda lengths: sum(lengths) > 0),
     width=st.integers(1, 40),
     vocab=st.integers(2, 70),
+    reduction=st.sampled_from(REDUCTIONS),
+    softcap=st.sampled_from([None, 0.2, 5.0, 1e4]),
+    logit_scale=st.sampled_from([1.0, -0.7, 3.0]),
+    bias=st.booleans(),
+    weighted=st.booleans(),
+    indexed=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_cpp_agrees_with_the_reference(lengths: list[int], width: int, vocab: int, seed: int) -> None:
+def test_cpp_agrees_with_the_reference(
+    lengths: list[int],
+    width: int,
+    vocab: int,
+    reduction: str,
+    softcap: float | None,
+    logit_scale: float,
+    bias: bool,
+    weighted: bool,
+    indexed: bool,
+    seed: int,
+) -> None:
     torch.manual_seed(seed)
-    case = make_case(tuple(lengths), width, vocab, bias=seed % 2 == 0, reduction="sample_mean", softcap=5.0)
-    expected, expected_stats = run(case, ("reference", "cpu"))
-    found, stats = run(case, ("cpp", "cpu"))
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=2e-5, atol=2e-6)
-    for value, other in zip(stats, expected_stats, strict=True):
-        torch.testing.assert_close(value, other, rtol=2e-5, atol=1e-6)
+    options = {"reduction": reduction, "softcap": softcap, "logit_scale": logit_scale}
+    case = make_case(tuple(lengths), width, vocab, bias=bias, **options)
+    if weighted:
+        case = case.with_options(token_weights=(torch.rand(case.labels.shape) - 0.4).clamp(min=0))
+    if indexed:
+        case = case.with_options(token_index=(case.labels != -100).nonzero().squeeze(1))
+    upstream = torch.randn(case.labels.shape) if reduction == "none" else torch.tensor(-1.7)
+    expected, expected_stats = run(case, ("reference", "cpu"), upstream)
+    found, stats = run(case, ("cpp", "cpu"), upstream)
+    pairs = [(name, found[name], value) for name, value in expected.items()]
+    pairs += [(f"samples.{name}", value, getattr(expected_stats, name)) for name, value in stats._asdict().items()]
+    for name, value, other in pairs:
+        torch.testing.assert_close(value, other, rtol=2e-5, atol=2e-5 * float(other.abs().max()) + 1e-9, msg=name)
 
 
 @pytest.mark.parametrize("instruction_set", ["avx2", "portable"])
