@@ -1,8 +1,9 @@
-"""Training states on disk: safetensors and JSON alone, whole or absent, verified by SHA-256 before they are used.
+"""Training states on disk: safetensors and JSON, whole or absent, verified by SHA-256 before they are used.
 
     checkpoints/step-00000120/      the state after 120 optimizer steps
         weights.safetensors, ...    the tensors of each part of the state, by name
         state.json                  everything else
+        foreign/                    with DeepSpeed's ZeRO alone: its optimizer, in its own format
         manifest.json               SHA-256 and bytes of each file and of the manifest itself; written last
 
 A checkpoint is written into `.step-00000120.writing`: every file and the folder are synced, then the folder is renamed and
@@ -33,7 +34,7 @@ from lead_fast.files import sync
 logger = logging.getLogger(__name__)
 
 FORMAT = "lead-fast checkpoint 2"
-STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
+STATE_FILE, MANIFEST_FILE, FOREIGN = "state.json", "manifest.json", "foreign"
 
 State = dict[str, Any]  # nested; leaves are tensors, numbers, strings, bools, None, and lists of these but tensors
 
@@ -76,13 +77,21 @@ class Checkpoints:
         """Folders of checkpoints, oldest first; what they hold is not verified."""
         return sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))
 
-    def write(self, step: int, state: State) -> Path:
+    def prepare_foreign(self, step: int) -> Path:
+        """A new folder for files in another library's format, for `write`; removed with the leftovers of killed processes."""
+        folder = self.folder / f".step-{step:08d}-foreign.writing"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def write(self, step: int, state: State, foreign: Path | None = None) -> Path:
         """Writes `state`, whole or not at all, and removes all but the newest `keep`.
 
         Args:
             step: optimizer steps done; above that of every checkpoint in the folder.
             state: by part; a part with tensors gets a file of its own. Tensors may live on any device: they are copied to the
                 host one at a time.
+            foreign: from `prepare_foreign`, filled: becomes the checkpoint's folder `foreign`, in the manifest as all else.
 
         Raises:
             OSError: disk full, no permission, ...; the checkpoints before are intact.
@@ -93,7 +102,7 @@ class Checkpoints:
         name = f"step-{step:08d}"
         writing = self.folder / f".{name}.writing"
         try:
-            _write_files(writing, state)
+            _write_files(writing, state, foreign)
             os.rename(writing, self.folder / name)
         except BaseException:
             shutil.rmtree(writing, ignore_errors=True)
@@ -178,10 +187,16 @@ def _new_file(path: Path) -> Iterator[_HashedFile]:
         os.fsync(file.fileno())
 
 
-def _write_files(folder: Path, state: State) -> None:
+def _write_files(folder: Path, state: State, foreign: Path | None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     files: dict[str, Any] = {}
+    if foreign is not None:
+        os.rename(foreign, folder / FOREIGN)
+        for path in sorted((folder / FOREIGN).rglob("*")):
+            sync(path)
+            if path.is_file():
+                files[str(path.relative_to(folder))] = _entry(path)
     rest: State = {}
     for part, value in state.items():
         tensors: dict[str, Tensor] = {}
@@ -196,6 +211,12 @@ def _write_files(folder: Path, state: State) -> None:
     with _new_file(folder / MANIFEST_FILE) as file:
         file.write(_manifest(FORMAT, files))
     sync(folder)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
 
 
 def _manifest(version: str, files: dict[str, Any]) -> bytes:
@@ -282,8 +303,7 @@ def _verify(folder: Path) -> None:
         raise CheckpointError(f"{path}: expected the format {FORMAT!r}, got {version!r}")
     for name, entry in files.items():
         try:
-            with (folder / name).open("rb") as file:
-                got = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
+            got = _entry(folder / name)
         except OSError as error:
             raise DamagedCheckpoint(f"{folder / name}: expected sha256 {entry['sha256']}, got {error.strerror}") from error
         if got != entry:

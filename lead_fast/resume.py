@@ -179,11 +179,22 @@ class Checkpointer:
         if run.num_steps > self._steps:
             begin = time.monotonic()
             state = self.state.capture(run) | {"log": {"bytes": self.log.sync(), "seconds": self.seconds}}
+            foreign = self._foreign(run.num_steps)
             if self.ranks.is_first:
-                path = self.checkpoints.write(run.num_steps, state)
+                path = self.checkpoints.write(run.num_steps, state, foreign)
                 logger.debug("checkpoint %s: %.2f s", path, time.monotonic() - begin)
             self._steps, self._rounds = run.num_steps, len(run.rounds)
         self._last = time.monotonic()
+
+    def _foreign(self, step: int) -> Path | None:
+        """A folder with the part of the state that stays in another library's format, written by all processes."""
+        if not self.state.optimization.is_zero:
+            return None
+        folder = self.checkpoints.prepare_foreign(step) if self.ranks.is_first else None
+        (folder, *_) = self.ranks.gather(folder)
+        self.state.capture_zero(folder)
+        self.ranks.wait()
+        return folder
 
 
 def rounds_of(checkpoint: Checkpoint, path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import torch
 
 from lead_fast.audit import AUDIT_FOLDER
 from lead_fast.auditor import Auditor, Scorer
-from lead_fast.checkpoint import Checkpoint, Checkpoints
+from lead_fast.checkpoint import FOREIGN, Checkpoint, Checkpoints
 from lead_fast.config import LeadConfig, PrepareConfig, TrainConfig, to_yaml
 from lead_fast.engine import LeadEngine
 from lead_fast.files import atomic_path, remove_leftovers, write_json, write_jsonl, write_text
@@ -272,6 +272,8 @@ def begin(state: TrainingState, checkpoints: Checkpoints, folder: Path) -> tuple
         return TrainingRun(), RoundLog(folder / ROUNDS_FILE if ranks.is_first else None), 0.0
     checkpoint = checkpoint or checkpoints.read(checkpoints.paths()[number])
     run = state.restore(checkpoint.state, rounds_of(checkpoint, folder / ROUNDS_FILE))
+    if state.optimization.is_zero:
+        state.restore_zero(checkpoint.path / FOREIGN)
     ranks.wait()
     log = checkpoint.state["log"]
     if not ranks.is_first:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -95,6 +95,8 @@ class Optimization:
 
     Attributes:
         ranks: the processes.
+        is_zero: DeepSpeed shards optimizer and gradients, takes the optimizer steps and clips; a gradient that is not finite is
+            left to it.
         plain_layers: each layer runs once a micro-batch, as it is written.
     """
 
@@ -111,6 +113,9 @@ class Optimization:
             checkpoint_activations(model)
         if config.compile:
             compile_layers(model)
+        self.is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.is_zero:
+            _prepare_zero(accelerator, config)
         self.model, self.optimizer = accelerator.prepare(packed, optimizer)
         self.model.train()
 
@@ -141,6 +146,8 @@ class Optimization:
         """
         num_items = sum(batch.num_items for batch in batches)
         total = torch.zeros((), device=self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         own = self.ranks.share(batches)
         # Gradients are exchanged at the last micro-batch: who has one less than the others still takes part.
         idle = self.ranks.idles(batches)
@@ -158,11 +165,9 @@ class Optimization:
         self.ranks.sum(total)
         limit = self.max_grad_norm if self.max_grad_norm > 0.0 else math.inf
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         # One NaN would reach every weight; its sample is quarantined by the engine, and the step is left out. In fp16 the
         # gradient scaler does that itself, and must see the step to lower its scale.
-        if self.accelerator.scaler is not None or norm is None or bool(torch.isfinite(norm)):
+        if self.is_zero or self.accelerator.scaler is not None or norm is None or bool(torch.isfinite(norm)):
             self.optimizer.step()
         else:
             logger.warning("a gradient is not finite: its optimizer step is left out")
@@ -180,11 +185,25 @@ class Optimization:
 
     @contextmanager
     def _sync_only(self, *, last: bool) -> Iterator[None]:
+        self.accelerator.sync_gradients = last  # DeepSpeed takes its step in the backward of the last
         if last:
             yield
         else:
             with self.accelerator.no_sync(self.model):
                 yield
+
+
+def _prepare_zero(accelerator: Accelerator, config: PrepareConfig) -> None:
+    """Tells DeepSpeed what it would ask of a data loader; gradients are accumulated as this loop says.
+
+    Raises:
+        TrainingError: ZeRO stage 3.
+    """
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    if settings["zero_optimization"]["stage"] == 3:
+        raise TrainingError("ZeRO stage 3 shards the LM head, which the fused loss needs whole: use stage 1 or 2, or FSDP")
+    settings |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    settings |= {"train_batch_size": accelerator.num_processes, "gradient_clipping": config.max_grad_norm}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import logging
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,6 +105,16 @@ class TrainingState:
             restore_random_state(saved)
         return _restore_run(state["run"], rounds)
 
+    def capture_zero(self, folder: Path) -> None:
+        """DeepSpeed's part of the state, in its own format (pickled tensors): each process writes its shard."""
+        self.optimization.model.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
+
+    def restore_zero(self, folder: Path) -> None:
+        """Puts `capture_zero` back, after `restore`; the number of processes must be the same."""
+        loaded, _ = self.optimization.model.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
+        if loaded is None:
+            raise ValueError(f"resume: DeepSpeed finds no state of {self.optimization.ranks.world} processes in {folder}")
+
 
 def frozen_digest(model: nn.Module) -> str:
     """SHA-256 of names, dtypes, shapes and evenly spaced elements of the weights that are not trained."""
@@ -184,6 +195,8 @@ def _restore_weights(model: nn.Module, saved: dict[str, Tensor]) -> None:
 
 
 def _optimizer(optimization: Optimization) -> State:
+    if optimization.is_zero:
+        return {"format": "deepspeed", "processes": optimization.ranks.world}
     names = {id(p): name for name, p in trained_parameters(optimization.bare)}
     ranks = optimization.ranks
     state = {
@@ -196,6 +209,12 @@ def _optimizer(optimization: Optimization) -> State:
 
 
 def _restore_optimizer(optimization: Optimization, saved: State) -> None:
+    if optimization.is_zero != ("format" in saved):
+        raise ValueError(
+            "resume: a run under DeepSpeed goes on under DeepSpeed, any other under another launcher configuration"
+        )
+    if optimization.is_zero:
+        return  # by restore_zero
     parameters = dict(trained_parameters(optimization.bare))
     optimizer, state = optimization.optimizer, {}
     order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}

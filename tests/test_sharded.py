@@ -1,31 +1,35 @@
-"""Weights sharded over two processes by FSDP2 (accelerate's own preparation, over gloo on the CPU) train as whole ones do.
+"""Weights sharded over two processes by FSDP2, or gradients and optimizer by DeepSpeed's ZeRO, train as whole ones do.
 
-accelerate offers FSDP on accelerators alone; here its state is told that the two CPU processes are such, and all that follows
-is its own code and torch's.
+accelerate offers both on accelerators alone; here its state is told that two CPU processes (gloo) are such, and all that
+follows is its own code, torch's and DeepSpeed's.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 import lead_fast as lf
-from lead_fast.checkpoint import Checkpoints
+from lead_fast.checkpoint import FOREIGN, Checkpoints
 from lead_fast.config import TrainConfig
+from lead_fast.interrupts import StopSignals
 from lead_fast.models import add_lora, build_model, save_model
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.packing import ChatEncoder, pack
 from lead_fast.pool import Pool
+from lead_fast.resume import Checkpointer, RoundLog
 from lead_fast.signals import Signals
 from lead_fast.trainer import Optimization, TrainingError, TrainingRun, attach, evaluate, make_accelerator
 from lead_fast.training_state import TrainingState, frozen_digest
@@ -56,22 +60,35 @@ def train(optimization, samples, steps):
     return losses, seen
 
 
-def rank_main(rank, world, port, folder, tuning):
+def sharding_accelerator(kind, rank, world):
+    """accelerate's own, told to shard: "fsdp2", "zero1" or "zero2"."""
+    if kind == "fsdp2":
+        make_accelerator(CONFIG)
+        told = {"distributed_type": DistributedType.FSDP}
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            cpu_ram_efficient_loading=False, reshard_after_forward=True,
+        )  # fmt: skip
+    else:
+        os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=kind[-1])
+        Accelerator()
+        told = {"num_processes": world, "process_index": rank, "local_process_index": rank, "backend": "gloo"}
+    for state in (PartialState, AcceleratorState):
+        state._shared_state.update(told)
+    if kind == "fsdp2":
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    return make_accelerator(CONFIG)
+
+
+def rank_main(rank, world, port, folder, kind, tuning):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world), RANK=str(rank),
                       LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))  # fmt: skip
-    make_accelerator(CONFIG)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        cpu_ram_efficient_loading=False, reshard_after_forward=True,
-    )  # fmt: skip
-    for state in (PartialState, AcceleratorState):
-        state._shared_state["distributed_type"] = DistributedType.FSDP
-    AcceleratorState._shared_state["fsdp_plugin"] = plugin
-    accelerator = make_accelerator(CONFIG)
+    accelerator = sharding_accelerator(kind, rank, world)
     model, tokenizer, samples = make_model(tuning)
     optimization = Optimization(model, accelerator, CONFIG)
-    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert optimization.is_zero == (kind != "fsdp2") and optimization.ranks.world == world
+    assert all(isinstance(p, DTensor) for p in model.parameters()) == (kind == "fsdp2")
     before = evaluate(
         optimization.packed, samples, pack_tokens=64, device=accelerator.device, desc="", ranks=optimization.ranks
     )
@@ -79,24 +96,32 @@ def rank_main(rank, world, port, folder, tuning):
     after = evaluate(optimization.packed, samples, pack_tokens=64, device=accelerator.device, desc="", ranks=optimization.ranks)
     save_model(model, tokenizer, Path(folder) / "model" if rank == 0 else None)
 
-    # A checkpoint holds whole tensors; what is restored from it trains on as what it was taken from.
-    captured = state_of(optimization).capture(TrainingRun(num_steps=STEPS))
-    checkpoints = Checkpoints(Path(folder) / "checkpoints")
-    if rank == 0:
-        checkpoints.write(STEPS, captured)
+    # A checkpoint holds whole weights; what is restored from it trains on as what it was taken from.
+    checkpoints, run = Checkpoints(Path(folder) / "checkpoints"), TrainingRun()
+    state = state_of(optimization)
+    checkpointer = Checkpointer(checkpoints, state, CONFIG, RoundLog(None), StopSignals(), run, time.monotonic())
+    run.num_steps = STEPS
+    checkpointer.write(run)
     optimization.ranks.wait()
     going_on, _ = train(optimization, samples, 1)
-    restored = Optimization(make_model(tuning)[0], make_accelerator(CONFIG), CONFIG)
+    restored = Optimization(make_model(tuning)[0], sharding_accelerator(kind, rank, world), CONFIG)
     state = state_of(restored)
-    assert state.restore(checkpoints.read(checkpoints.paths()[-1]).state, []).num_steps == STEPS
+    checkpoint = checkpoints.read(checkpoints.paths()[-1])
+    assert state.restore(checkpoint.state, []).num_steps == STEPS
+    if restored.is_zero:
+        state.restore_zero(checkpoint.path / FOREIGN)
     assert train(restored, samples, 1)[0] == going_on
     for one, two in zip(model.parameters(), restored.bare.parameters(), strict=True):
-        assert torch.equal(one.to_local(), two.to_local())
+        assert torch.equal(*(p.to_local() if isinstance(p, DTensor) else p for p in (one, two)))
 
-    # What follows whole weights is refused.
-    engine = lf.LeadEngine(state.engine.pool, lf.LeadConfig(estimator="historical"), group=optimization.ranks.group)
-    with pytest.raises(TrainingError, match="'historical' follows whole weights, which FSDP shards"):
-        attach(engine, optimization)
+    if kind == "fsdp2":  # what follows whole weights is refused
+        engine = lf.LeadEngine(state.engine.pool, lf.LeadConfig(estimator="historical"), group=optimization.ranks.group)
+        with pytest.raises(TrainingError, match="'historical' follows whole weights, which FSDP shards"):
+            attach(engine, optimization)
+    else:
+        accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] = 3
+        with pytest.raises(TrainingError, match="ZeRO stage 3 shards the LM head"):
+            Optimization(make_model(tuning)[0], accelerator, CONFIG)
 
     torch.save(
         {"losses": losses, "seen": seen, "before": before, "after": after, "frozen": frozen_digest(model)},
@@ -117,15 +142,17 @@ def free_port():
         return free.getsockname()[1]
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_sharded_weights_train_as_whole_ones(tuning, tmp_path):
+@pytest.mark.parametrize(("kind", "tuning"), [("fsdp2", "lora"), ("fsdp2", "full"), ("zero1", "full"), ("zero2", "lora")])
+def test_shards_train_as_the_whole(kind, tuning, tmp_path):
+    if kind != "fsdp2":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed: no ZeRO")
     model, tokenizer, samples = make_model(tuning)
     optimization = Optimization(model, make_accelerator(CONFIG), CONFIG)
     cpu = torch.device("cpu")
     before = evaluate(optimization.packed, samples, pack_tokens=64, device=cpu, desc="")
     losses, seen = train(optimization, samples, STEPS)
     after = evaluate(optimization.packed, samples, pack_tokens=64, device=cpu, desc="")
-    mp.spawn(rank_main, (2, free_port(), str(tmp_path), tuning), nprocs=2)
+    mp.spawn(rank_main, (2, free_port(), str(tmp_path), kind, tuning), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
     assert ranks[0]["seen"].keys() | ranks[1]["seen"].keys() == seen.keys()
     for got in ranks:
