@@ -27,7 +27,7 @@ from lead_fast.config import LeadConfig
 from lead_fast.device import copy_to_host, to_device
 from lead_fast.files import write_jsonl
 from lead_fast.pool import Pool
-from lead_fast.ranks import Observation, Shards
+from lead_fast.ranks import Observation, Shards, observations_of
 from lead_fast.reference_state import (
     CHOOSE,
     IDU,
@@ -57,7 +57,7 @@ from lead_fast.visits import make_visit
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class SampleStatistics(Protocol):
@@ -425,14 +425,14 @@ class LeadEngine:
         """Everything that `load_state_dict` needs to go on identically, between rounds or inside one.
 
         Returns:
-            Nested dicts of tensors, numbers, strings and lists; "open" is the round that is open, or None.
-
-        Raises:
-            RuntimeError: a round is open, and several processes have yet to merge what they observed in it.
+            Nested dicts of tensors, numbers, strings and lists; "open" is the round that is open, or None. Of several
+            processes, all must call it inside a round, and each gets the whole.
         """
-        if self._round is not None and self._shards is not None:
-            raise RuntimeError(f"LeadEngine.state_dict: with several processes, round {self._round.number} must be ended first")
-        open_round = None if self._round is None else {"round": self._round.state_dict(), "device": self._at.state_dict()}
+        open_round: dict[str, Any] | None = None
+        if self._round is not None:
+            open_round = {"round": self._round.state_dict(), "device": self._at.state_dict(), "shards": {}}
+            if self._shards is not None:
+                open_round["shards"] = self._shards.state_dict(self.device)
         return {
             "version": STATE_VERSION,
             "pool": self.pool.fingerprint,
@@ -476,6 +476,12 @@ class LeadEngine:
         if state["open"] is not None:
             self._round = Round.from_state(state["open"]["round"])
             self._at = OpenRound.from_state(state["open"]["device"], self.device)
+            shards = state["open"]["shards"]
+            if self._shards is not None:
+                self._shards.load_state_dict(shards, self.device)
+            else:
+                for observation in observations_of(shards, self.device):
+                    self._take(observation)
         rounds, rows, values = (state["history"][k] for k in ("round", "row", "utility"))
         self.history = [(n, rows[rounds == n], values[rounds == n]) for n in rounds.unique().tolist()]
 

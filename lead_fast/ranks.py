@@ -124,19 +124,20 @@ class Shards:
     def merge(self, device: torch.device) -> Iterator[Observation]:
         """Empties the list, and gives every rank's observations in order. All ranks must call it."""
         records, self.observations = self._records(device), []
-        gathered = self._gather(records)
-        rank = torch.cat([torch.full((len(part),), r, dtype=torch.float64, device=device) for r, part in enumerate(gathered)])
-        everything = torch.cat(gathered)
-        # Stable sorts from the last key to the first leave the samples of a micro-batch in their order.
-        order = torch.arange(len(rank), device=device)
-        for key in (rank, everything[:, 1], everything[:, 0]):
-            order = order[torch.argsort(key[order], stable=True)]
-        everything, rank = everything[order], rank[order]
-        keys = torch.stack([everything[:, 0], everything[:, 1], rank], 1)
-        _, counts = torch.unique_consecutive(keys, dim=0, return_counts=True)
-        for part in everything.split(counts.tolist()) if len(everything) else ():
-            rows, loss, num_tokens, grad_norm_sq = part[:, 2:].unbind(1)
-            yield Observation(int(part[0, 0]), rows.long(), loss.float(), num_tokens.float(), grad_norm_sq.float())
+        yield from _in_order(self._gather(records))
+
+    def state_dict(self, device: torch.device) -> dict[str, Tensor]:
+        """Every rank's observations so far, by rank. All ranks must call it."""
+        return {str(rank): part.cpu() for rank, part in enumerate(self._gather(self._records(device)))}
+
+    def load_state_dict(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Takes this rank's share of `state_dict()`; where there are other ranks than then, the first one takes all."""
+        parts = [part.to(device) for part in state.values()]
+        if len(parts) == dist.get_world_size(self.group):
+            parts = [parts[dist.get_rank(self.group)]]
+        elif dist.get_rank(self.group):
+            parts = []
+        self.observations = list(_in_order(parts))
 
     def _records(self, device: torch.device) -> Tensor:
         """This rank's observations, fp64 [n, 6]: step, micro-batch of the step, row, loss, tokens, gradient norm."""
@@ -157,3 +158,26 @@ class Shards:
         gathered = padded.new_empty(world * len(padded), records.shape[1])
         _all_gather(gathered, padded, group=self.group)
         return [part[:size] for part, size in zip(gathered.view(world, -1, records.shape[1]), sizes, strict=True)]
+
+
+def _in_order(parts: Sequence[Tensor]) -> Iterator[Observation]:
+    """Observations of `_records` of ranks: by step, by micro-batch of the step, by rank."""
+    if not parts or not any(map(len, parts)):
+        return
+    rank = torch.cat([part.new_full((len(part),), r) for r, part in enumerate(parts)])
+    everything = torch.cat(list(parts))
+    # Stable sorts from the last key to the first leave the samples of a micro-batch in their order.
+    order = torch.arange(len(rank), device=rank.device)
+    for key in (rank, everything[:, 1], everything[:, 0]):
+        order = order[torch.argsort(key[order], stable=True)]
+    everything, rank = everything[order], rank[order]
+    keys = torch.stack([everything[:, 0], everything[:, 1], rank], 1)
+    _, counts = torch.unique_consecutive(keys, dim=0, return_counts=True)
+    for part in everything.split(counts.tolist()):
+        rows, loss, num_tokens, grad_norm_sq = part[:, 2:].unbind(1)
+        yield Observation(int(part[0, 0]), rows.long(), loss.float(), num_tokens.float(), grad_norm_sq.float())
+
+
+def observations_of(state: dict[str, Tensor], device: torch.device) -> Iterator[Observation]:
+    """All observations of a `Shards.state_dict()`, in the order in which one process would have made them."""
+    return _in_order([part.to(device) for part in state.values()])

@@ -20,12 +20,11 @@ def check_host(op: str, trainer: Any) -> None:
     if not hasattr(Trainer, "loss_is_scaled_for_ga"):
         raise ImportError(f"{op}: transformers must be 5.19 or newer, whose Trainer leaves the loss's scale to its subclass")
     args, model = trainer.args, trainer.model
-    processes = f"1: several processes are not served yet (use `lead-fast train`, or one process), got {args.world_size}"
     for bad, name, expected in (
-        (args.world_size > 1, "world_size", processes),
         (args.n_gpu > 1, "n_gpu", f"1: make one GPU visible (CUDA_VISIBLE_DEVICES), got {args.n_gpu}"),
         (trainer.is_model_parallel, "model", "on one device, got one over several (device_map)"),
-        (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, "args", "without DeepSpeed and FSDP, got one of them"),
+        (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, "args",
+         "without DeepSpeed and FSDP, which `lead-fast train` serves, got one of them"),
         (args.parallelism_config is not None, "parallelism_config", f"None, got {args.parallelism_config!r}"),
         (args.dataloader_num_workers > 0, "dataloader_num_workers",
          f"0: workers read ahead of the round, got {args.dataloader_num_workers}"),

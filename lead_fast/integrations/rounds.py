@@ -19,10 +19,11 @@ import torch
 
 from lead_fast.engine import LeadEngine
 from lead_fast.ops import SampleStats
-from lead_fast.packing import PackedBatch, Sample, pack
+from lead_fast.packing import PackedBatch, Sample, pack, without_supervision
+from lead_fast.ranks import Ranks
 from lead_fast.rounds import Round
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 _POSITION = ("used_before", "steps_done", "num_tokens", "num_items")
 _POOL_ARRAYS = ("arm", "task", "utility", "num_tokens", "aside")
 
@@ -34,9 +35,10 @@ class OpenRound:
     Attributes:
         round: as the engine chose it.
         used_before: distinct rows used before it.
-        micro_batches: rows of each micro-batch, `accumulation` of them an optimizer step; the first of a step may be empty.
+        micro_batches: rows of each micro-batch; `accumulation` of each process make an optimizer step, whose first may be
+            empty.
         num_steps, steps_done: optimizer steps of the round, and those taken.
-        num_tokens, num_items: tokens and supervised tokens trained on.
+        num_tokens, num_items: tokens and supervised tokens that this process trained on.
     """
 
     round: Round
@@ -55,16 +57,22 @@ class HostRounds:
         engine: chooses the rows.
         samples_of: tokenized samples of rows of the pool, in their order.
         batch_size: samples of a micro-batch, at most.
-        accumulation: micro-batches of an optimizer step, exactly.
+        accumulation: micro-batches of an optimizer step, exactly, in each process.
+        ranks: the processes, to which the micro-batches of a step are dealt in turn.
 
     Attributes:
         open: the round that is being trained; None between rounds.
     """
 
     def __init__(
-        self, engine: LeadEngine, samples_of: Callable[[Sequence[int]], list[Sample]], batch_size: int, accumulation: int
+        self,
+        engine: LeadEngine,
+        samples_of: Callable[[Sequence[int]], list[Sample]],
+        batch_size: int,
+        accumulation: int,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.engine, self.samples_of = engine, samples_of
+        self.engine, self.samples_of, self.ranks = engine, samples_of, ranks or Ranks()
         self.batch_size, self.accumulation = batch_size, accumulation
         self.open: OpenRound | None = None
 
@@ -80,20 +88,33 @@ class HostRounds:
         return True
 
     def batches(self) -> Iterator[dict[str, Any]]:
-        """The open round's micro-batches from its position on: fields of `PackedBatch`, on the CPU, no rows in an empty one."""
+        """This process's micro-batches of the open round, from its position on: fields of `PackedBatch`, on the CPU.
+
+        One without rows has none in a process that is alone. Of several, all take part in each exchange of gradients: there it
+        is a sample without supervision.
+        """
         opened = self._open("batches")
-        ahead = opened.micro_batches[opened.steps_done * self.accumulation :]
+        ahead = self.ranks.share(opened.micro_batches[opened.steps_done * self.step_parts :])
         samples = iter(self.samples_of([row for rows in ahead for row in rows]))
         for rows in ahead:
             if rows:
                 yield dict(vars(pack([next(samples) for _ in rows], rows)))
+            elif self.ranks.world > 1:
+                yield dict(vars(without_supervision(pack(self.samples_of([int(opened.round.rows[0])])))))
             else:
                 nothing = torch.zeros(0, dtype=torch.int64)
                 yield {"input_ids": nothing, "rows": nothing, "num_items": 0}
 
+    @property
+    def step_parts(self) -> int:
+        """Micro-batches of an optimizer step, of all processes."""
+        return self.accumulation * self.ranks.world
+
     def observe(self, batch: PackedBatch, samples: SampleStats) -> None:
         """Takes the statistics of one micro-batch, before the optimizer step it belongs to."""
         opened = self._open("observe")
+        if not batch.num_items:
+            return  # nothing was learned of any row
         self.engine.observe(batch.rows, samples)
         opened.num_tokens += batch.num_tokens
         opened.num_items += batch.num_items
@@ -112,6 +133,8 @@ class HostRounds:
         """
         opened, engine = self._open("end"), self.engine
         report = engine.end_round()
+        counts = torch.tensor([opened.num_tokens, opened.num_items], device=self.ranks.device)
+        num_tokens, num_items = self.ranks.sum(counts).tolist()
         self.open = None
         metrics: dict[str, float] = {
             "lead/round": report.number,
@@ -122,8 +145,8 @@ class HostRounds:
             "lead/samples": report.num_samples,
             "lead/quarantined": report.num_quarantined,
             "lead/steps": opened.steps_done,
-            "lead/tokens": opened.num_tokens,
-            "lead/supervised_tokens": opened.num_items,
+            "lead/tokens": num_tokens,
+            "lead/supervised_tokens": num_items,
             "lead/rows_used": engine.num_used,
             "lead/progress": engine.progress,
         }
@@ -194,6 +217,7 @@ class HostRounds:
             if (array := getattr(self.engine.pool, name)) is not None:
                 digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
         own = {"pool": digest.hexdigest(), "batch_size": self.batch_size, "accumulation": self.accumulation}
+        own["processes"] = self.ranks.world
         return own | dataclasses.asdict(self.engine.config)
 
     def _open(self, call: str) -> OpenRound:
@@ -204,10 +228,10 @@ class HostRounds:
     def _opened(self, rnd: Round, used_before: int) -> OpenRound:
         rows = rnd.rows.tolist()
         num_steps = self._num_steps(len(rows))
-        parts = num_steps * self.accumulation
+        parts = num_steps * self.step_parts
         bounds = [len(rows) * i // parts for i in range(parts + 1)]  # even; a part that is empty is never a step's last
         micro_batches = [rows[start:end] for start, end in pairwise(bounds)]
         return OpenRound(rnd, used_before, micro_batches, num_steps)
 
     def _num_steps(self, num_rows: int) -> int:
-        return math.ceil(num_rows / (self.batch_size * self.accumulation))
+        return math.ceil(num_rows / (self.batch_size * self.step_parts))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -37,8 +38,10 @@ from lead_fast.integrations.rounds import HostRounds
 from lead_fast.integrations.samples import ChatSamples, DatasetSamples
 from lead_fast.integrations.state_file import load_state, save_state
 from lead_fast.models import PackedModel, trained_parameters
+from lead_fast.ops import LinearCrossEntropyOutput
 from lead_fast.packing import PackedBatch, Sample
 from lead_fast.pool import Pool
+from lead_fast.ranks import Ranks
 
 _Host = Trainer if TYPE_CHECKING else object
 
@@ -65,9 +68,9 @@ class LeadRounds(_Host):
         self._attention = AttentionSwitch(model.get_base_model() if hasattr(model, "get_base_model") else model)  # pyright: ignore
         with self._attention.on():
             self._packed = PackedModel(model)  # pyright: ignore[reportArgumentType]
-        self.engine = LeadEngine(pool, lead or LeadConfig(), self.args.device)
-        args = self.args
-        self._rounds = HostRounds(self.engine, samples_of, args.train_batch_size, args.gradient_accumulation_steps)
+        args, self._ranks = self.args, Ranks.started(self.args.device)
+        self.engine = LeadEngine(pool, lead or LeadConfig(), args.device, group=self._ranks.group)
+        self._rounds = HostRounds(self.engine, samples_of, args.train_batch_size, args.gradient_accumulation_steps, self._ranks)
         self._step_items, self._left_out = 0, False
         self._first_order: FirstOrder | None = None
         self.add_callback(_RoundCallback(self))
@@ -82,6 +85,8 @@ class LeadRounds(_Host):
         """Shows estimators, and those that watch by now, the weights and gradients that they follow."""
         self.engine.track(parameter for _, parameter in trained_parameters(self._packed))
         self._first_order = next((e for e in self.engine.estimators.values() if isinstance(e, FirstOrder)), None)
+        if self._first_order is not None and self._ranks.world > 1:
+            raise ValueError(f"{type(self).__name__}: `estimator` first_order runs in one process, got {self._ranks.world}")
         if self._first_order is not None and self._first_order.sketch is None:
             self._first_order.follow(self._packed.model, seed=self.engine.config.seed)
 
@@ -105,12 +110,16 @@ class LeadRounds(_Host):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches = list(islice(epoch_iterator, num_batches))
-        self._step_items = max(1, sum(batch["num_items"] for batch in batches))
+        items = torch.tensor([sum(batch["num_items"] for batch in batches)], device=self.args.device)
+        self._step_items = max(1, int(self._ranks.sum(items)))
         return batches, self._step_items
 
     def _micro_batches(self) -> Iterator[dict[str, Any]]:
         rounds = self._rounds
         while rounds.open is not None or rounds.begin():
+            assert rounds.open is not None
+            rows = rounds.open.round.rows
+            self._ranks.agree(f"the rows of round {rounds.open.round.number}", zlib.crc32(rows.numpy().tobytes()))
             self._expect_end()
             yield from rounds.batches()
             if rounds.open is not None:
@@ -125,7 +134,7 @@ class LeadRounds(_Host):
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
         """One epoch, longer than any run: the last round ends it."""
-        rounds, step_size = self._rounds, self.get_total_train_batch_size(args)
+        rounds, step_size = self._rounds, self._rounds.batch_size * self._rounds.step_parts
         most, samples, steps = rounds.most_steps(), self.engine.budget, rounds.estimated_steps()
         if args.max_steps > 0:
             samples, steps = min(samples, args.max_steps * step_size), args.max_steps
@@ -169,9 +178,27 @@ class LeadRounds(_Host):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         batch = PackedBatch(**inputs)
         with self.accelerator.autocast():
-            out = self._packed(batch, num_items=num_items_in_batch)
+            out = self._through(model, batch, num_items_in_batch)
+        assert out.samples is not None
         self._rounds.observe(batch, out.samples)
-        return (out.loss, out) if return_outputs else out.loss
+        # The processes exchange the mean of their gradients, and log the mean of their losses; the sum is wanted.
+        loss = out.loss * self._ranks.world if self._ranks.world > 1 else out.loss
+        return (loss, out) if return_outputs else loss
+
+    def _through(self, model: nn.Module, batch: PackedBatch, num_items: Any) -> LinearCrossEntropyOutput:
+        """The fused loss, by way of the wrapper that exchanges gradients where there is one: its forward sets that up."""
+        inner: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if inner is model:
+            return self._packed(batch, num_items=num_items)
+        own = inner.__dict__.get("forward")
+        inner.forward = lambda **_: self._packed(batch, num_items=num_items)
+        try:
+            return model(input_ids=batch.input_ids)
+        finally:
+            if own is None:
+                del inner.forward
+            else:
+                inner.forward = own
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's; leaves out a step whose gradient is not finite. In fp16 the gradient scaler does that itself."""
@@ -225,8 +252,9 @@ class LeadRounds(_Host):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        state = self._rounds.state_dict()  # of all processes
         if self.args.should_save:
-            save_state(os.path.join(output_dir, STATE_FILE), self._rounds.state_dict())
+            save_state(os.path.join(output_dir, STATE_FILE), state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -281,7 +309,8 @@ class LeadTrainer(LeadRounds, Trainer):
     lead/progress, lead/calibration_*.
 
     Determinism: a run resumed from a checkpoint, also one in the middle of a round, ends with the rows and on a CPU with the
-    bits of weights of the run that was not interrupted.
+    bits of weights of the run that was not interrupted. Two processes (torchrun, accelerate launch) give what one gives that
+    accumulates over twice the micro-batches.
     """
 
     def __init__(self, *args: Any, pool: Pool, lead: LeadConfig | None = None, max_length: int = 1024, **kwargs: Any) -> None:

@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
@@ -84,6 +85,7 @@ class LeadSFTTrainer(LeadRounds, SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if "cu_seqlens" in inputs:
-            self._total_train_tokens += inputs["input_ids"].numel()
+            count = torch.tensor(inputs["input_ids"].numel(), device=self.args.device)
+            self._total_train_tokens += int(self._ranks.sum(count))
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
