@@ -26,8 +26,8 @@ from lead_fast.demo_pool import demo_rows
 from lead_fast.first_order import FirstOrderRound, LoraSketch
 from lead_fast.models import PackedModel, add_lora, load_model, load_tokenizer, trained_parameters
 from lead_fast.offline.pretrain import pretrained_model
+from lead_fast.optimization import evaluate
 from lead_fast.packing import ChatEncoder, PackedBatch, Sample, fill, pack
-from lead_fast.trainer import evaluate
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")

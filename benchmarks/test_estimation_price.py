@@ -28,8 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lead_fast as lf
 from lead_fast.config import TrainConfig
 from lead_fast.models import MODEL_SIZES, add_lora, prepare_model
+from lead_fast.optimization import Optimization, make_accelerator, step_batches
 from lead_fast.packing import PackedBatch, Sample
-from lead_fast.trainer import Optimization, make_accelerator, step_batches
 
 LLAMA_8B = dict(vocab_size=128256, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
                 intermediate_size=14336)  # fmt: skip

@@ -186,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for noisy in ("httpx", "accelerate", "torch", "matplotlib", "fontTools", "urllib3", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it, and it warns of kernels that are optional
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Deprecations between transformers and peft are not for the person at the terminal.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -197,6 +197,10 @@ class TrainConfig(PrepareConfig):
     warmup_ratio: float = option(0.03, "share of progress with a rising learning rate")
     checkpoint_minutes: float = option(10.0, "write a checkpoint after so many minutes, inside a round too (0: not by time)")
     checkpoint_rounds: int = option(0, "write a checkpoint after so many rounds, whichever comes first (0: not by rounds)")
+    report_to: str | None = option(
+        None, "trackers that get the metrics of each step and round, by accelerate: tensorboard, wandb, trackio, ...; "
+        "several are separated by commas"
+    )  # fmt: skip
     log_utilities: bool = option(False, "write a Parquet file a round: row, task, uses and utility of every candidate")
     audit_every: int = option(0, "re-score random rows every so many rounds, to audit the predicted losses (0: never)")
     audit_rows: int = option(128, "rows re-scored each time: half trained on before, half never")
@@ -214,6 +218,11 @@ class TrainConfig(PrepareConfig):
         _check(self, "audit_rows", self.audit_rows >= 2, "at least 2")
         for name in ("checkpoint_minutes", "checkpoint_rounds"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
+
+    @property
+    def trackers(self) -> list[str]:
+        """Names of `report_to`."""
+        return [name.strip() for name in (self.report_to or "").split(",") if name.strip()]
 
     @property
     def audited(self) -> list[str]:

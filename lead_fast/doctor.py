@@ -12,7 +12,8 @@ import torch
 from lead_fast import __version__, extension
 from lead_fast.attention import describe_attention
 
-_PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "flash-attn", "datasets", "liger-kernel", "trl")
+_PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "flash-attn", "bitsandbytes", "deepspeed", "datasets",
+             "liger-kernel", "trl")  # fmt: skip
 
 
 def examine() -> dict[str, Any]:

@@ -39,6 +39,12 @@ def write_run_report(run: str | Path) -> Path:
         "Utility (IDU) of all rows that may be chosen, before the first round and after the last.",
     )
     parts.append(section("Utility", utility))
+    if rounds and "step_losses" in rounds[0]:
+        steps = figure(
+            lambda axes: _plot_steps(axes, rounds), "Each optimizer step: mean nll per supervised token, norm of the gradient "
+            "before clipping, learning rate.", height=4.6, panels=(3, 1), sharex=True,
+        )  # fmt: skip
+        parts.append(section("Steps", steps))
     if summary["evaluations"]:
         heldout = figure(
             lambda ax: _plot_heldout(ax, {"this run": [summary["evaluations"]]}),
@@ -47,7 +53,10 @@ def write_run_report(run: str | Path) -> Path:
         parts.append(section("Held-out loss", heldout, _source_loss_table(summary["evaluations"])))
     if summary.get("sources"):
         parts.append(section("Sources", _source_table(summary["sources"])))
-    parts.append(section("Cost", _cost_table(summary)))
+    cost = [_cost_table(summary)]
+    if rounds:
+        cost.append(figure(lambda ax: _plot_time(ax, rounds), "What the time of each round went into."))
+    parts.append(section("Cost", *cost))
     path = folder / "report.html"
     write_text(path, page("LEAD run", parts))
     return path
@@ -218,13 +227,52 @@ def _source_loss_table(evaluations: list[dict[str, Any]]) -> str:
     return table(["source", "before", "after"], [[k, f"{v:.4f}", f"{after[k]:.4f}"] for k, v in before.items()])
 
 
+def _plot_time(ax: Axes, rounds: list[dict[str, Any]]) -> None:
+    """Share of each part in a round's seconds, stacked."""
+    parts = sorted({part for r in rounds for part in r["seconds"]}, key=lambda part: _PARTS.get(part, ("", 9))[1])
+    seconds = np.array([[r["seconds"].get(part, 0.0) for r in rounds] for part in parts])
+    x = [r["round"] for r in rounds]
+    shares = 100 * seconds / np.maximum(seconds.sum(0), 1e-9)
+    ax.stackplot(x, shares, labels=parts, colors=COLORS[: len(parts)], alpha=0.75)
+    ax.set(xlabel="round", ylabel="share of the time (%)", ylim=(0, 100), xlim=(x[0], max(x[-1], x[0] + 1)))
+    ax.legend(ncol=len(parts), fontsize="small", frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def _plot_steps(axes: Any, rounds: list[dict[str, Any]]) -> None:
+    """Loss, gradient norm and learning rate of each optimizer step."""
+    columns = (("step_losses", "loss (nats)"), ("step_grad_norms", "gradient norm"), ("learning_rates", "learning rate"))
+    for ax, (name, label), color in zip(axes[:, 0], columns, COLORS, strict=False):
+        values = [value for r in rounds for value in r.get(name, ())]
+        points = [(step, value) for step, value in enumerate(values, 1) if value is not None]
+        ax.plot(*zip(*points, strict=True), color=color, lw=1.0) if points else None
+        ax.set(ylabel=label, ylim=(0, None))
+    axes[-1, 0].set(xlabel="optimizer step")
+
+
+# What a round's time goes into, and the order in which it is shown.
+_PARTS = {
+    "step": ("forward, backward, optimizer", 0), "data": ("tokenizing, packing", 1), "select": ("drawing and ranking", 2),
+    "estimate": ("observing, clocks, utilities, bandit", 3), "signals": ("warnings", 4), "evaluate": ("held-out rows", 5),
+    "audit": ("re-scoring", 6), "checkpoint": ("checkpoints", 7),
+}  # fmt: skip
+
+
 def _cost_table(summary: dict[str, Any]) -> str:
     parts = summary["seconds_by_part"]
     total = sum(parts.values()) or 1.0
-    body = [[name, f"{seconds:.2f}", f"{seconds / total:.1%}"] for name, seconds in parts.items()]
+    body = [
+        [f"{name}: {_PARTS[name][0]}" if name in _PARTS else name, f"{parts[name]:.2f}", f"{parts[name] / total:.1%}"]
+        for name in sorted(parts, key=lambda part: _PARTS.get(part, ("", 9))[1])
+    ]
     body.append(["rounds, all", f"{total:.2f}", "100%"])
-    tokens = paragraph(
+    lines = []
+    if "tokens_per_second" in summary:
+        lines.append(
+            f"{summary['tokens_per_second']:,.0f} tokens per second in the rounds (evaluation, audit and checkpoints apart); "
+            f"LEAD's own share of that time {summary['estimation_share']:.2%}; peak memory {summary['peak_mib']:,.0f} MiB."
+        )
+    lines.append(
         f"Tokens: {summary['trained_tokens']:,} trained (forward and backward), {summary['warmup_tokens']:,} in the warm-up, "
         f"{summary['scoring_tokens']:,} scored and {summary.get('audit_tokens', 0):,} re-scored for the audit (forward only)."
     )
-    return table(["part of the rounds", "seconds", "share"], body) + tokens
+    return table(["part of the rounds", "seconds", "share"], body) + "".join(map(paragraph, lines))

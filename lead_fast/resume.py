@@ -24,7 +24,8 @@ from torch.distributed import DistError
 from lead_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from lead_fast.config import LeadConfig, TrainConfig, read_yaml, to_yaml
 from lead_fast.interrupts import Interrupted, StopSignals
-from lead_fast.trainer import TrainingError, TrainingRun
+from lead_fast.optimization import TrainingError
+from lead_fast.trainer import TrainingRun
 from lead_fast.training_state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ CHECKPOINTS, ROUNDS_FILE, CONFIG_FILE = "checkpoints", "rounds.jsonl", "config.y
 
 # Options that change where a run writes and what it logs, not what it chooses and learns.
 FREE_OPTIONS = frozenset({
-    "out", "resume", "checkpoint_rounds", "checkpoint_minutes", "eval_every", "log_utilities", "on_bad_row",
+    "out", "resume", "checkpoint_rounds", "checkpoint_minutes", "eval_every", "log_utilities", "report_to", "on_bad_row",
     "trust_remote_code",
 })  # fmt: skip
 

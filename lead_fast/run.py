@@ -22,8 +22,10 @@ from lead_fast.config import LeadConfig, PrepareConfig, TrainConfig, to_yaml
 from lead_fast.engine import LeadEngine
 from lead_fast.files import atomic_path, remove_leftovers, write_json, write_jsonl, write_text
 from lead_fast.interrupts import StopSignals
+from lead_fast.metrics import TRAINING_PARTS, peak_mib, tracked, write_candidates
 from lead_fast.models import save_model
 from lead_fast.offline.prepare import PREPARED_FILE, Prepared, encoded_rows, load_prepared, prepare
+from lead_fast.optimization import Optimization, evaluate, make_accelerator, start_trackers
 from lead_fast.packing import ChatEncoder, Sample
 from lead_fast.pool import Pool
 from lead_fast.ranks import Ranks
@@ -41,7 +43,7 @@ from lead_fast.resume import (
 )
 from lead_fast.rounds import Round
 from lead_fast.signals import Signals
-from lead_fast.trainer import AfterRound, Optimization, TrainingRun, evaluate, make_accelerator, run_rounds, write_candidates
+from lead_fast.trainer import AfterRound, TrainingRun, run_rounds
 from lead_fast.training_state import TrainingState, seed_generators
 from lead_fast.utility import estimator_class
 
@@ -194,6 +196,8 @@ def _train(
     ranks = Ranks.started(accelerator.device)
     if ranks.is_first:
         write_text(folder / CONFIG_FILE, options)
+    if config.trackers:
+        start_trackers(accelerator, config.trackers, folder / "trackers", dataclasses.asdict(config) | dataclasses.asdict(lead))
     engine = LeadEngine(prepared.pool, lead, accelerator.device, group=ranks.group)
     engine.record_candidates = config.log_utilities and ranks.is_first
     first_utility = engine.utility(engine.groups.choosable_rows()).cpu().numpy()
@@ -215,6 +219,9 @@ def _train(
 
     def on_round(rnd: Round, record: dict[str, Any]) -> None:
         log.append(record)
+        if config.trackers:
+            for step, values in tracked(record, run.num_steps - record["steps"] + 1):
+                accelerator.log(values, step=step)
         if engine.record_candidates:
             write_candidates(rnd, folder / UTILITIES)
 
@@ -226,6 +233,8 @@ def _train(
         )  # fmt: skip
         checkpointer.finish(run)
     log.close()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     with atomic_path(folder / "model", durable=True) if ranks.is_first else nullcontext() as temporary:
         save_model(optimization.bare, tokenizer, temporary)
     if ranks.is_first:
@@ -364,6 +373,7 @@ def summarize(engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds:
         "audit_tokens": sum(r.get("audit", {}).get("tokens", 0) for r in run.rounds),
         "arm_probability_reachable": engine.bandit.reachable(engine.num_rounds),
         "arm_probability_reached": max((max(r["probs"]) for r in run.rounds), default=None),
+        **performance(run),
         "seconds_by_part": {k: round(v, 3) for k, v in sorted(run.seconds.items())},
         "seconds": round(seconds, 3),
     }
@@ -371,6 +381,17 @@ def summarize(engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds:
         summary["heldout_loss_before"] = run.evaluations[0]["heldout_loss"]
         summary["heldout_loss_after"] = run.evaluations[-1]["heldout_loss"]
     return summary
+
+
+def performance(run: TrainingRun) -> dict[str, Any]:
+    """Tokens per second of the rounds (evaluation, audit and checkpoints apart), LEAD's share of their time, peak memory."""
+    spent = {part: run.seconds.get(part, 0.0) for part in TRAINING_PARTS}
+    total = max(1e-9, sum(spent.values()))
+    return {
+        "tokens_per_second": round(run.trained_tokens / total, 1),
+        "estimation_share": round((spent["estimate"] + spent["select"]) / total, 6),
+        "peak_mib": peak_mib(),
+    }
 
 
 def utility_histogram(engine: LeadEngine, first: np.ndarray, bins: int = 40) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from lead_fast.config import LeadConfig, TrainConfig
 from lead_fast.engine import LeadEngine
 from lead_fast.models import load_tokenizer
 from lead_fast.offline.prepare import PREPARED_FILE, encoded_rows, load_prepared
+from lead_fast.optimization import step_batches
 from lead_fast.packing import ChatEncoder, PackedBatch, Sample
 from lead_fast.pool import Pool
-from lead_fast.trainer import step_batches
 
 # Rows of a raw pool that are tokenized to fill one batch.
 _RAW_ROWS = 256

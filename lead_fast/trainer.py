@@ -1,246 +1,32 @@
-"""The fine-tuning loop on accelerate: optimizer steps over packed batches, and LEAD's rounds around them."""
+"""The fine-tuning loop: LEAD's rounds around optimizer steps."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from lead_fast.config import PrepareConfig, TrainConfig
+from lead_fast.config import TrainConfig
 from lead_fast.engine import LeadEngine
 from lead_fast.first_order import FirstOrder
-from lead_fast.models import PackedModel, checkpoint_activations, compile_layers, trained_parameters
+from lead_fast.metrics import round_record
+from lead_fast.models import trained_parameters
 from lead_fast.ops import SampleStats
-from lead_fast.packing import CutCounts, PackedBatch, Sample, balanced_fill, fill, pack, split_evenly, without_supervision
-from lead_fast.ranks import Ranks
+from lead_fast.optimization import Optimization, StepResult, TrainingError, learning_rate, step_batches
+from lead_fast.packing import CutCounts, Sample
 from lead_fast.rounds import Round, RoundReport
 
 logger = logging.getLogger(__name__)
-
-# A process that has ended is noticed at once; this is for one that writes, scores or evaluates while the others wait.
-_LONGEST_WAIT = timedelta(hours=2)
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to change."""
-
-
-def make_accelerator(config: PrepareConfig) -> Accelerator:
-    """accelerate decides device and processes; precision "auto" is bf16 on a GPU that has it, else fp32.
-
-    Raises:
-        TrainingError: the launcher started more processes than accelerate takes for one run.
-    """
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    handlers = [
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
-    ]
-    launched = int(os.environ.get("WORLD_SIZE") or 1)
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers,
-        cpu=launched > 1 and not torch.accelerator.is_available(),  # else accelerate sees no processes on a CPU
-    )  # fmt: skip
-    if accelerator.num_processes != launched:
-        raise TrainingError(f"{launched} processes were started, and accelerate trains with {accelerator.num_processes}")
-    return accelerator
-
-
-def learning_rate(progress: float, *, peak: float, schedule: str, warmup: float) -> float:
-    """Learning rate at `progress` in [0, 1]: a linear rise over the share `warmup`, then constant, linear or cosine decay."""
-    if progress < warmup:
-        return peak * max(progress, 1e-2 * warmup) / warmup
-    after = (progress - warmup) / (1.0 - warmup)
-    factor = {"constant": 1.0, "linear": 1.0 - after, "cosine": 0.5 * (1.0 + math.cos(math.pi * min(after, 1.0)))}[schedule]
-    return peak * max(factor, 0.0)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step: its loss (mean over supervised tokens, 0-d tensor), supervised tokens, all tokens."""
-
-    loss: Tensor
-    num_items: int
-    num_tokens: int
-
-
-class Optimization:
-    """A model with its AdamW under accelerate: one call is one optimizer step over packed micro-batches.
-
-    Several processes make one step together: its micro-batches are dealt to them round robin, and the gradient is that of
-    one process which accumulates over them all.
-
-    Args:
-        model: a causal LM or a peft model; its parameters with requires_grad are trained.
-        accelerator: decides device, precision and processes.
-        config: weight decay, gradient clipping, recomputed activations, compilation.
-
-    Attributes:
-        ranks: the processes.
-        is_zero: DeepSpeed shards optimizer and gradients, takes the optimizer steps and clips; a gradient that is not finite is
-            left to it.
-        plain_layers: each layer runs once a micro-batch, as it is written.
-    """
-
-    def __init__(self, model: nn.Module, accelerator: Accelerator, config: PrepareConfig) -> None:
-        self.accelerator, self.max_grad_norm = accelerator, config.max_grad_norm
-        self.ranks = Ranks.started(accelerator.device)
-        self.bare, self.plain_layers = model, not (config.gradient_checkpointing or config.compile)
-        parameters = [p for _, p in trained_parameters(model)]
-        if not parameters:
-            raise TrainingError("no parameter is trainable: nothing to do")
-        optimizer = torch.optim.AdamW(parameters, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
-        packed = PackedModel(model)
-        if config.gradient_checkpointing:
-            checkpoint_activations(model)
-        if config.compile:
-            compile_layers(model)
-        self.is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
-        if self.is_zero:
-            _prepare_zero(accelerator, config)
-        self.model, self.optimizer = accelerator.prepare(packed, optimizer)
-        self.model.train()
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
-    def packed(self) -> PackedModel:
-        """The packed model without accelerate's wrapper."""
-        return self.accelerator.unwrap_model(self.model)
-
-    def step(
-        self,
-        batches: Sequence[PackedBatch],
-        lr: float,
-        observe: Callable[[Tensor, SampleStats], None] | None = None,
-        first_order: FirstOrder | None = None,
-    ) -> StepResult:
-        """One optimizer step over micro-batches: the gradient of their mean loss over all supervised tokens.
-
-        Args:
-            batches: micro-batches of the whole step, the same for every process; accumulation gives the gradient of the one
-                large batch.
-            lr: learning rate of the step.
-            observe: called with rows and per-sample statistics of each micro-batch of this process.
-            first_order: sketches each micro-batch's gradients.
-        """
-        num_items = sum(batch.num_items for batch in batches)
-        total = torch.zeros((), device=self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        own = self.ranks.share(batches)
-        # Gradients are exchanged at the last micro-batch: who has one less than the others still takes part.
-        idle = self.ranks.idles(batches)
-        for number, batch in enumerate([*own, without_supervision(batches[0])] if idle else own):
-            batch = batch.to(self.device)
-            is_idle, is_last = number == len(own), number + 1 == len(own) + idle
-            statistics = None if observe is None or is_idle else "all"
-            with self._sync_only(last=is_last), self._sketched(first_order, batch, num_items):
-                out = self.model(batch, num_items=max(num_items, 1), stats=statistics)
-                # The exchange takes the mean over processes, and the sum is wanted.
-                self.accelerator.backward(out.loss * self.ranks.world if self.ranks.world > 1 else out.loss)
-            total += out.loss.detach()
-            if observe is not None and out.samples is not None:
-                observe(batch.rows, out.samples)
-        self.ranks.sum(total)
-        limit = self.max_grad_norm if self.max_grad_norm > 0.0 else math.inf
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        # One NaN would reach every weight; its sample is quarantined by the engine, and the step is left out. In fp16 the
-        # gradient scaler does that itself, and must see the step to lower its scale.
-        if self.is_zero or self.accelerator.scaler is not None or norm is None or bool(torch.isfinite(norm)):
-            self.optimizer.step()
-        else:
-            logger.warning("a gradient is not finite: its optimizer step is left out")
-        self.optimizer.zero_grad(set_to_none=True)
-        if first_order is not None:
-            first_order.stepped()
-        return StepResult(total, num_items, sum(batch.num_tokens for batch in batches))
-
-    def _sketched(self, first_order: FirstOrder | None, batch: PackedBatch, num_items: int) -> AbstractContextManager[None]:
-        if first_order is None:
-            return nullcontext()
-        scaler = self.accelerator.scaler
-        upstream = (1.0 if scaler is None else scaler.get_scale()) / max(num_items, 1)
-        return first_order.collect(batch.rows, batch.cu_seqlens, batch.sample_items, upstream)
-
-    @contextmanager
-    def _sync_only(self, *, last: bool) -> Iterator[None]:
-        self.accelerator.sync_gradients = last  # DeepSpeed takes its step in the backward of the last
-        if last:
-            yield
-        else:
-            with self.accelerator.no_sync(self.model):
-                yield
-
-
-def _prepare_zero(accelerator: Accelerator, config: PrepareConfig) -> None:
-    """Tells DeepSpeed what it would ask of a data loader; gradients are accumulated as this loop says.
-
-    Raises:
-        TrainingError: ZeRO stage 3.
-    """
-    settings = accelerator.state.deepspeed_plugin.deepspeed_config
-    if settings["zero_optimization"]["stage"] == 3:
-        raise TrainingError("ZeRO stage 3 shards the LM head, which the fused loss needs whole: use stage 1 or 2, or FSDP")
-    settings |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-    settings |= {"train_batch_size": accelerator.num_processes, "gradient_clipping": config.max_grad_norm}
-
-
-@torch.no_grad()
-def evaluate(
-    model: PackedModel,
-    samples: Sequence[Sample],
-    *,
-    pack_tokens: int,
-    device: torch.device,
-    desc: str,
-    ranks: Ranks | None = None,
-) -> Tensor:
-    """Mean nll per supervised token of each sample, fp32 [n] on the CPU, in evaluation mode; `ranks` share the work."""
-    ranks = Ranks() if ranks is None else ranks
-    was_training = model.training
-    model.eval()
-    losses = torch.zeros(len(samples), device=device)
-    bins = fill([len(s) for s in samples], pack_tokens)
-    for index in tqdm(ranks.share(bins), desc=desc, delay=2, leave=False, disable=not ranks.is_first):
-        batch = pack([samples[i] for i in index]).to(device)
-        losses[index] = model(batch, stats="loss").samples.loss.float()
-    if ranks.idles(bins):  # where weights are sharded, all take part in each forward pass
-        model(pack([samples[i] for i in bins[0]]).to(device), stats="loss")
-    model.train(was_training)
-    return ranks.sum(losses).cpu()
-
-
-def step_batches(
-    samples: Sequence[Sample], rows: Sequence[int], config: PrepareConfig, world: int = 1
-) -> list[list[PackedBatch]]:
-    """Packs samples, in order, into optimizer steps of at most `step_tokens`, each of up to `accumulation` micro-batches a
-    process."""
-    steps = []
-    for index in balanced_fill([len(s) for s in samples], config.step_tokens):
-        runs = split_evenly([len(samples[i]) for i in index], config.accumulation * world)
-        steps.append([pack([samples[index[i]] for i in run], [rows[index[i]] for i in run]) for run in runs if run])
-    return steps
 
 
 class Seconds:
@@ -451,67 +237,3 @@ def _timed_observe(engine: LeadEngine, clock: Seconds) -> Callable[[Tensor, Samp
         clock.parts["observe"] += seconds
 
     return observe
-
-
-def round_record(
-    rnd: Round, report: RoundReport, trained: Sequence[tuple[float, StepResult]], seconds: dict[str, float]
-) -> dict[str, Any]:
-    """One line of rounds.jsonl. Log weights are those after the round's update, probabilities those of its draw.
-
-    Args:
-        trained: learning rate and result of each optimizer step.
-        seconds: wall-clock seconds by part.
-    """
-    items = [result.num_items for _, result in trained]
-    finite = [result for _, result in trained if math.isfinite(float(result.loss))]
-    loss = sum(float(r.loss) * r.num_items for r in finite) / sum(r.num_items for r in finite) if finite else math.nan
-    rewards = [reward if math.isfinite(reward) else None for reward in report.rewards]
-    return {
-        "round": rnd.number,
-        "arm": rnd.arm,
-        "arms": rnd.arms,
-        "forced": report.forced,
-        "uniform": report.uniforms,
-        "task_uniforms": rnd.task_uniforms,
-        "probs": report.probs.tolist(),
-        "log_weights": report.log_weights.tolist(),
-        "reward": rewards[0],
-        "rewards": rewards,
-        "scaled_rewards": report.scaled_rewards,
-        "samples": len(rnd),
-        "rows": rnd.rows.tolist(),
-        "tokens": sum(result.num_tokens for _, result in trained),
-        "supervised_tokens": sum(items),
-        "steps": len(trained),
-        "learning_rates": [lr for lr, _ in trained],
-        "step_items": items,
-        "mean_loss": loss if math.isfinite(loss) else None,
-        "mean_sample_loss": report.mean_loss if math.isfinite(report.mean_loss) else None,
-        "quarantined": report.num_quarantined,
-        "quarantined_rows": report.quarantined,
-        "calibration": report.calibration,
-        "seconds": seconds,
-    }
-
-
-def write_candidates(rnd: Round, folder: Path) -> None:
-    """Writes a round's candidates as Parquet: row, task, uses, utility, the choice's noise, and whether it was chosen."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from lead_fast.files import atomic_path
-
-    tables = [
-        pa.table({
-            "arm": pa.array([arm] * len(c.row), pa.int16()),
-            "row": c.row.cpu().numpy(),
-            "task": c.task.cpu().numpy(),
-            "uses": c.uses.cpu().numpy(),
-            "utility": c.utility.cpu().numpy(),
-            "noise": c.noise.cpu().numpy(),
-            "chosen": c.chosen.cpu().numpy(),
-        })
-        for arm, c in zip(rnd.arms, rnd.candidates, strict=True)
-    ]  # fmt: skip
-    with atomic_path(folder / f"round-{rnd.number:05d}.parquet", durable=True) as temporary:
-        pq.write_table(pa.concat_tables(tables), temporary)

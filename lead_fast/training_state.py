@@ -21,10 +21,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lead_fast.checkpoint import State, tensor_bytes
 from lead_fast.models import trained_parameters
+from lead_fast.optimization import Optimization, StepResult, TrainingError
 from lead_fast.packing import CutCounts
 from lead_fast.pool import ARRAYS, Pool
 from lead_fast.ranks import Ranks
-from lead_fast.trainer import OpenRound, Optimization, StepResult, TrainingError, TrainingRun, attach
+from lead_fast.trainer import OpenRound, TrainingRun, attach
 
 if TYPE_CHECKING:
     from lead_fast.engine import LeadEngine
@@ -287,7 +288,9 @@ def _run(run: TrainingRun) -> State:
     if run.open is not None:
         steps = {
             "used_before": run.open.used_before,
-            "trained": [[lr, float(r.loss), r.num_items, r.num_tokens] for lr, r in run.open.trained],
+            "trained": [
+                [lr, float(r.loss), r.num_items, r.num_tokens, float(r.grad_norm), r.seconds] for lr, r in run.open.trained
+            ],
         }
     return {
         "num_rounds": len(run.rounds),
@@ -314,6 +317,9 @@ def _restore_run(saved: State, rounds: list[dict[str, Any]]) -> TrainingRun:
     run.seconds.update(saved["seconds"])
     run.clock.parts.update(saved["open_seconds"])
     if saved["open"] is not None:
-        trained = [(lr, StepResult(torch.tensor(loss), items, tokens)) for lr, loss, items, tokens in saved["open"]["trained"]]
+        trained = [
+            (lr, StepResult(torch.tensor(loss), items, tokens, torch.tensor(norm), seconds))
+            for lr, loss, items, tokens, norm, seconds in saved["open"]["trained"]
+        ]
         run.open = OpenRound(saved["open"]["used_before"], trained)
     return run

@@ -26,7 +26,8 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     folder = tmp_path_factory.mktemp("runs")
-    runs = Runs(folder / "logs", LEAD_FAST_CACHE=str(folder / "cache"))
+    # DeepSpeed, where it is installed, else warns that it has found no GPU.
+    runs = Runs(folder / "logs", LEAD_FAST_CACHE=str(folder / "cache"), DS_ACCELERATOR="cpu")
     yield runs
     runs.close()
 

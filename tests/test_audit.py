@@ -268,7 +268,7 @@ def test_warnings_stand_in_the_report(runs, tmp_path):
     assert main(["report", str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()
     assert '<p class="warning">Round 7: arm 3 &lt; arm 4.</p>' in html
-    assert f"{summary['audit_tokens']:,} re-scored for the audit" in html and "<td>audit</td>" in html
+    assert f"{summary['audit_tokens']:,} re-scored for the audit" in html and "<td>audit: re-scoring</td>" in html
 
 
 def test_wrong_options_are_named(tmp_path, capfd):

@@ -27,11 +27,12 @@ from lead_fast.config import TrainConfig
 from lead_fast.interrupts import StopSignals
 from lead_fast.models import add_lora, build_model, save_model
 from lead_fast.offline.pretrain import train_tokenizer
+from lead_fast.optimization import Optimization, TrainingError, evaluate, make_accelerator
 from lead_fast.packing import ChatEncoder, pack
 from lead_fast.pool import Pool
 from lead_fast.resume import Checkpointer, RoundLog
 from lead_fast.signals import Signals
-from lead_fast.trainer import Optimization, TrainingError, TrainingRun, attach, evaluate, make_accelerator
+from lead_fast.trainer import TrainingRun, attach
 from lead_fast.training_state import TrainingState, frozen_digest
 
 CONFIG = TrainConfig(learning_rate=1e-2)

@@ -17,8 +17,8 @@ from same_run import assert_same_run, finished, wait_for_rounds
 
 from lead_fast.checkpoint import Checkpoints
 from lead_fast.cli import main
+from lead_fast.optimization import Optimization
 from lead_fast.resume import locked
-from lead_fast.trainer import Optimization
 
 CHECKPOINT_BYTES = 7_300_000  # about; of the run used here
 

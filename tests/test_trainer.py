@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from lead_fast.config import TrainConfig
 from lead_fast.models import build_model
 from lead_fast.offline.pretrain import train_tokenizer
+from lead_fast.optimization import Optimization, learning_rate, step_batches
 from lead_fast.packing import ChatEncoder, pack
-from lead_fast.trainer import Optimization, learning_rate, step_batches
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(max_grad_norm=0.0)

@@ -18,9 +18,10 @@ from lead_fast.demo_pool import demo_rows
 from lead_fast.files import write_jsonl
 from lead_fast.models import LORA_TARGETS, PackedModel, add_lora, build_model, load_model, save_model
 from lead_fast.offline.pretrain import train_tokenizer
+from lead_fast.optimization import Optimization, TrainingError, make_accelerator
 from lead_fast.packing import ChatEncoder, pack
 from lead_fast.pool import Pool
-from lead_fast.trainer import Optimization, TrainingError, attach, make_accelerator
+from lead_fast.trainer import attach
 
 CPU = torch.device("cpu")
 

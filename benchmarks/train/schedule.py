@@ -22,8 +22,8 @@ from lead_fast.config import TrainConfig
 from lead_fast.demo_pool import demo_rows
 from lead_fast.models import add_lora, prepare_model
 from lead_fast.offline.pretrain import train_tokenizer
+from lead_fast.optimization import Optimization, make_accelerator, step_batches
 from lead_fast.packing import ChatEncoder, Messages, PackedBatch, Sample
-from lead_fast.trainer import Optimization, make_accelerator, step_batches
 
 NUM_ARMS, TASKS_PER_ARM = 7, 8
 # A vocabulary and a width that people train, with few layers: here the head is most of the step.

@@ -27,10 +27,10 @@ from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.pretrain import pretrained_model
 from lead_fast.offline.scoring import Scores, score_pool
 from lead_fast.offline.warmup import warm_up
+from lead_fast.optimization import make_accelerator
 from lead_fast.packing import ChatEncoder, CutCounts
 from lead_fast.pool import Pool
 from lead_fast.ranks import Ranks
-from lead_fast.trainer import make_accelerator
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from torch import nn
 from tqdm import tqdm
 
 from lead_fast.config import PrepareConfig
+from lead_fast.optimization import Optimization, learning_rate, make_accelerator, step_batches
 from lead_fast.packing import Sample
-from lead_fast.trainer import Optimization, learning_rate, make_accelerator, step_batches
 
 
 def warm_up(model: nn.Module, samples: Sequence[Sample], config: PrepareConfig) -> float:

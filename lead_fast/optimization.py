@@ -1,0 +1,274 @@
+"""Optimizer steps over packed batches, on accelerate: one process or several, whole weights or shards."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lead_fast.config import PrepareConfig
+from lead_fast.first_order import FirstOrder
+from lead_fast.models import PackedModel, checkpoint_activations, compile_layers, trained_parameters
+from lead_fast.ops import SampleStats
+from lead_fast.packing import PackedBatch, Sample, balanced_fill, fill, pack, split_evenly, without_supervision
+from lead_fast.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+# A process that has ended is noticed at once; this is for one that writes, scores or evaluates while the others wait.
+_LONGEST_WAIT = timedelta(hours=2)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to change."""
+
+
+def make_accelerator(config: PrepareConfig) -> Accelerator:
+    """accelerate decides device and processes; precision "auto" is bf16 on a GPU that has it, else fp32.
+
+    Raises:
+        TrainingError: the launcher started more processes than accelerate takes for one run.
+    """
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    handlers = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
+    ]
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers,
+        cpu=launched > 1 and not torch.accelerator.is_available(),  # else accelerate sees no processes on a CPU
+    )  # fmt: skip
+    if accelerator.num_processes != launched:
+        raise TrainingError(f"{launched} processes were started, and accelerate trains with {accelerator.num_processes}")
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, names: Sequence[str], folder: Path, options: dict[str, Any]) -> None:
+    """Opens trackers, which `accelerator.log` then feeds from the first process.
+
+    Args:
+        accelerator: of the run.
+        names: as accelerate knows them.
+        folder: gets what they keep on disk.
+        options: of the run, shown beside its metrics.
+
+    Raises:
+        TrainingError: a name that accelerate does not know, or a package that is not installed.
+    """
+    try:
+        accelerator.log_with = filter_trackers(list(names), str(folder))
+    except ValueError as error:
+        raise TrainingError(f"report_to: {error}") from error
+    if missing := sorted(set(names) - {str(tracker) for tracker in accelerator.log_with}):
+        raise TrainingError(f"report_to: {', '.join(missing)}: not installed; install it, or leave it out")
+    simple = {name: value for name, value in options.items() if isinstance(value, int | float | str | bool)}
+    accelerator.project_configuration.logging_dir = str(folder)
+    accelerator.init_trackers("lead-fast", config=simple)
+
+
+def learning_rate(progress: float, *, peak: float, schedule: str, warmup: float) -> float:
+    """Learning rate at `progress` in [0, 1]: a linear rise over the share `warmup`, then constant, linear or cosine decay."""
+    if progress < warmup:
+        return peak * max(progress, 1e-2 * warmup) / warmup
+    after = (progress - warmup) / (1.0 - warmup)
+    factor = {"constant": 1.0, "linear": 1.0 - after, "cosine": 0.5 * (1.0 + math.cos(math.pi * min(after, 1.0)))}[schedule]
+    return peak * max(factor, 0.0)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step of all processes.
+
+    Attributes:
+        loss: mean over supervised tokens, 0-d.
+        num_items: supervised tokens.
+        num_tokens: all tokens.
+        grad_norm: of the whole gradient before clipping, 0-d; NaN where it is not known.
+        seconds: that the host took; on a GPU the device may still be at work.
+    """
+
+    loss: Tensor
+    num_items: int
+    num_tokens: int
+    grad_norm: Tensor
+    seconds: float
+
+
+class Optimization:
+    """A model with its AdamW under accelerate: one call is one optimizer step over packed micro-batches.
+
+    Several processes make one step together: its micro-batches are dealt to them round robin, and the gradient is that of
+    one process which accumulates over them all.
+
+    Args:
+        model: a causal LM or a peft model; its parameters with requires_grad are trained.
+        accelerator: decides device, precision and processes.
+        config: weight decay, gradient clipping, recomputed activations, compilation.
+
+    Attributes:
+        ranks: the processes.
+        is_zero: DeepSpeed shards optimizer and gradients, takes the optimizer steps and clips; a gradient that is not finite is
+            left to it.
+        plain_layers: each layer runs once a micro-batch, as it is written.
+    """
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator, config: PrepareConfig) -> None:
+        self.accelerator, self.max_grad_norm = accelerator, config.max_grad_norm
+        self.ranks = Ranks.started(accelerator.device)
+        self.bare, self.plain_layers = model, not (config.gradient_checkpointing or config.compile)
+        parameters = [p for _, p in trained_parameters(model)]
+        if not parameters:
+            raise TrainingError("no parameter is trainable: nothing to do")
+        optimizer = torch.optim.AdamW(parameters, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
+        packed = PackedModel(model)
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
+        if config.compile:
+            compile_layers(model)
+        self.is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.is_zero:
+            _prepare_zero(accelerator, config)
+        self.model, self.optimizer = accelerator.prepare(packed, optimizer)
+        self.model.train()
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def packed(self) -> PackedModel:
+        """The packed model without accelerate's wrapper."""
+        return self.accelerator.unwrap_model(self.model)  # pyright: ignore[reportReturnType]
+
+    def step(
+        self,
+        batches: Sequence[PackedBatch],
+        lr: float,
+        observe: Callable[[Tensor, SampleStats], None] | None = None,
+        first_order: FirstOrder | None = None,
+    ) -> StepResult:
+        """One optimizer step over micro-batches: the gradient of their mean loss over all supervised tokens.
+
+        Args:
+            batches: micro-batches of the whole step, the same for every process; accumulation gives the gradient of the one
+                large batch.
+            lr: learning rate of the step.
+            observe: called with rows and per-sample statistics of each micro-batch of this process.
+            first_order: sketches each micro-batch's gradients.
+        """
+        start, num_items = time.perf_counter(), sum(batch.num_items for batch in batches)
+        total = torch.zeros((), device=self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        own = self.ranks.share(batches)
+        # Gradients are exchanged at the last micro-batch: who has one less than the others still takes part.
+        idle = self.ranks.idles(batches)
+        for number, batch in enumerate([*own, without_supervision(batches[0])] if idle else own):
+            batch = batch.to(self.device)
+            is_idle, is_last = number == len(own), number + 1 == len(own) + idle
+            statistics = None if observe is None or is_idle else "all"
+            with self._sync_only(last=is_last), self._sketched(first_order, batch, num_items):
+                out = self.model(batch, num_items=max(num_items, 1), stats=statistics)
+                # The exchange takes the mean over processes, and the sum is wanted.
+                self.accelerator.backward(out.loss * self.ranks.world if self.ranks.world > 1 else out.loss)
+            total += out.loss.detach()
+            if observe is not None and out.samples is not None:
+                observe(batch.rows, out.samples)
+        self.ranks.sum(total)
+        limit = self.max_grad_norm if self.max_grad_norm > 0.0 else math.inf
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        # One NaN would reach every weight; its sample is quarantined by the engine, and the step is left out. In fp16 the
+        # gradient scaler does that itself, and must see the step to lower its scale.
+        if self.is_zero or self.accelerator.scaler is not None or norm is None or bool(torch.isfinite(norm)):
+            self.optimizer.step()
+        else:
+            logger.warning("a gradient is not finite: its optimizer step is left out")
+        self.optimizer.zero_grad(set_to_none=True)
+        if first_order is not None:
+            first_order.stepped()
+        grad_norm = torch.as_tensor(math.nan if norm is None else norm).detach()
+        return StepResult(total, num_items, sum(batch.num_tokens for batch in batches), grad_norm, time.perf_counter() - start)
+
+    def _sketched(self, first_order: FirstOrder | None, batch: PackedBatch, num_items: int) -> AbstractContextManager[None]:
+        if first_order is None:
+            return nullcontext()
+        scaler = self.accelerator.scaler
+        upstream = (1.0 if scaler is None else scaler.get_scale()) / max(num_items, 1)
+        return first_order.collect(batch.rows, batch.cu_seqlens, batch.sample_items, upstream)
+
+    @contextmanager
+    def _sync_only(self, *, last: bool) -> Iterator[None]:
+        self.accelerator.sync_gradients = last  # DeepSpeed takes its step in the backward of the last
+        if last:
+            yield
+        else:
+            with self.accelerator.no_sync(self.model):
+                yield
+
+
+def _prepare_zero(accelerator: Accelerator, config: PrepareConfig) -> None:
+    """Tells DeepSpeed what it would ask of a data loader; gradients are accumulated as this loop says.
+
+    Raises:
+        TrainingError: ZeRO stage 3.
+    """
+    plugin: Any = accelerator.state.deepspeed_plugin
+    settings = plugin.deepspeed_config
+    if settings["zero_optimization"]["stage"] == 3:
+        raise TrainingError("ZeRO stage 3 shards the LM head, which the fused loss needs whole: use stage 1 or 2, or FSDP")
+    settings |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    settings |= {"train_batch_size": accelerator.num_processes, "gradient_clipping": config.max_grad_norm}
+
+
+@torch.no_grad()
+def evaluate(
+    model: PackedModel,
+    samples: Sequence[Sample],
+    *,
+    pack_tokens: int,
+    device: torch.device,
+    desc: str,
+    ranks: Ranks | None = None,
+) -> Tensor:
+    """Mean nll per supervised token of each sample, fp32 [n] on the CPU, in evaluation mode; `ranks` share the work."""
+    ranks = Ranks() if ranks is None else ranks
+    was_training = model.training
+    model.eval()
+    losses = torch.zeros(len(samples), device=device)
+    bins = fill([len(s) for s in samples], pack_tokens)
+    for index in tqdm(ranks.share(bins), desc=desc, delay=2, leave=False, disable=not ranks.is_first):
+        batch = pack([samples[i] for i in index]).to(device)
+        losses[index] = model(batch, stats="loss").samples.loss.float()
+    if ranks.idles(bins):  # where weights are sharded, all take part in each forward pass
+        model(pack([samples[i] for i in bins[0]]).to(device), stats="loss")
+    model.train(was_training)
+    return ranks.sum(losses).cpu()
+
+
+def step_batches(
+    samples: Sequence[Sample], rows: Sequence[int], config: PrepareConfig, world: int = 1
+) -> list[list[PackedBatch]]:
+    """Packs samples, in order, into optimizer steps of at most `step_tokens`, each of up to `accumulation` micro-batches a
+    process."""
+    steps = []
+    for index in balanced_fill([len(s) for s in samples], config.step_tokens):
+        runs = split_evenly([len(samples[i]) for i in index], config.accumulation * world)
+        steps.append([pack([samples[index[i]] for i in run], [rows[index[i]] for i in run]) for run in runs if run])
+    return steps
