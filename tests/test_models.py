@@ -40,6 +40,12 @@ def tiny(kind, vocab, **options):
 KINDS = [
     ("llama", {}),
     ("qwen2", {}),
+    ("qwen3", {}),
+    (
+        "gemma3_text",
+        {"final_logit_softcapping": 5.0, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    ("phi3", {"pad_token_id": 0}),
     ("gemma2", {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 20.0, "sliding_window": 8}),
     ("mistral", {"sliding_window": 8}),
     ("cohere", {"logit_scale": 0.25}),
