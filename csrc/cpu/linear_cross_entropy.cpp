@@ -22,6 +22,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/cpu_features.h"
 #include "cpu/grad_norm.h"
 #include "cpu/matmul.h"
 #include "cpu/row_kernels.h"
@@ -132,32 +133,41 @@ class Chunks {
     });
   }
 
-  // The scales go to h, which is smaller than `a`; a row of scale 0 is cleared on both sides, since 0 * NaN is NaN. In
-  // fp32 also for bf16, whose products torch would round before they are summed, by column tiles that stay in the
-  // cache.
+  // The scales go to h, which is smaller than `a`; a row of scale 0 is cleared on both sides, since 0 * NaN is NaN.
+  // `a` is not needed any more. In fp32 also for bf16, whose products torch would round before they are summed, by
+  // column tiles that stay in the cache.
   void add_weight_grad(const Matrix& a, const Matrix& h, int64_t first) {
     constexpr int64_t tile = 4096;
     float* scaled_rows = lead_fast::cpu::reserve(scaled_, a.rows * width_);
-    float* column_rows = lead_fast::cpu::reserve(columns_, a.rows * std::min(tile, map_.vocab));
     const Matrix scaled = {scaled_rows, ScalarType::Float, a.rows, width_, width_};
     for (int64_t r = 0; r < a.rows; ++r) {
       rows_.scale_to_f32(row(h, r), tokens_.scale[first + r], scaled_rows + r * width_, width_);
+      if (tokens_.scale[first + r] == 0) std::memset(row(a, r), 0, map_.vocab * sizeof(Stored));
     }
+    if (dtype_ == ScalarType::Float) return add_product(a, scaled, 0);
+    float* column_rows = lead_fast::cpu::reserve(columns_, a.rows * std::min(tile, map_.vocab));
     for (int64_t v = 0; v < map_.vocab; v += tile) {
       const int64_t cols = std::min(tile, map_.vocab - v);
       parallel_for(0, a.rows, grain(cols), [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          rows_.scale_to_f32(row(a, r) + v, tokens_.scale[first + r] == 0 ? 0 : 1, column_rows + r * cols, cols);
-        }
+        for (int64_t r = begin; r < end; ++r) rows_.scale_to_f32(row(a, r) + v, 1, column_rows + r * cols, cols);
       });
-      const Matrix columns = {column_rows, ScalarType::Float, a.rows, cols, cols};
-      const Tensor product = lead_fast::cpu::linear(columns.t(), scaled.t(), product_scratch_);
-      const float* from = product.const_data_ptr<float>();
-      parallel_for(0, cols, grain(width_), [&](int64_t begin, int64_t end) {
-        const auto add = lead_fast::cpu::row_kernels().f32.add;
-        add(from + begin * width_, 1, results_.d_weight + (v + begin) * width_, (end - begin) * width_);
-      });
+      add_product({column_rows, ScalarType::Float, a.rows, cols, cols}, scaled, v);
     }
+  }
+
+  // dW[v : v + columns.cols] += columns^T scaled
+  void add_product(const Matrix& columns, const Matrix& scaled, int64_t v) {
+    float* to = results_.d_weight + v * width_;
+    if (!lead_fast::cpu_features().amd_wide) {
+      return lead_fast::cpu::multiply_add(columns.t(), scaled, {to, ScalarType::Float, columns.cols, width_, width_});
+    }
+    // There the detour through oneDNN is the faster way, a copy and a sum included.
+    const Tensor product = lead_fast::cpu::linear(columns.t(), scaled.t(), product_scratch_);
+    const float* from = product.const_data_ptr<float>();
+    parallel_for(0, columns.cols, grain(width_), [&](int64_t begin, int64_t end) {
+      const auto add = lead_fast::cpu::row_kernels().f32.add;
+      add(from + begin * width_, 1, to + begin * width_, (end - begin) * width_);
+    });
   }
 
   Stored* hidden_;

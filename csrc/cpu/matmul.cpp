@@ -42,6 +42,11 @@ void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(view(out).get(), view(a).get(), view(b).get()));
 }
 
+void multiply_add(const Matrix& a, const Matrix& b, const Matrix& out) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(view(out).get(), view(out).get(), view(a).get(), view(b).get(),
+                                                         /*beta=*/1, /*alpha=*/1));
+}
+
 Tensor linear(const Matrix& a, const Matrix& w, std::optional<Tensor>& scratch, const Matrix* bias) {
   if (bias == nullptr && a.dtype == ScalarType::Float && cpu_features().avx512 &&
       aoti_torch_cpu__linear_pointwise != nullptr) {

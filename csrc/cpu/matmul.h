@@ -27,9 +27,12 @@ float* reserve(std::optional<Tensor>& buffer, int64_t numel);
 // out = a b
 void multiply(const Matrix& a, const Matrix& b, const Matrix& out);
 
+// out += a b, fp32, by torch.mm's library: no copy of a transposed operand, no scratch.
+void multiply_add(const Matrix& a, const Matrix& b, const Matrix& out);
+
 // a w^T + bias, contiguous: a new tensor, or made in `scratch` (grown as needed, to be passed again) where torch can
 // write there. `bias` is [a.rows, w.rows] with row_stride 0, or null; the sum is rounded once. fp32 without a bias goes
-// through oneDNN on AVX-512: MKL, which serves torch.mm, runs at half its speed on processors that are not Intel's.
+// through oneDNN on AVX-512: MKL, which serves torch.mm, runs at half its speed on Zen 5 (and level with it on Zen 4).
 Tensor linear(const Matrix& a, const Matrix& w, std::optional<Tensor>& scratch, const Matrix* bias = nullptr);
 
 }  // namespace lead_fast::cpu
