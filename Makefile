@@ -1,7 +1,7 @@
 # Every target sets itself up: a virtual environment in .venv, torch, the package with its extension (.ci/setup.sh).
 #   make test TORCH=torch==2.12.0 TORCH_INDEX_URL=... PYTHON=python3.12
 
-.PHONY: demo test test-kill bench gpu gpu-price lint clean
+.PHONY: demo test test-kill bench gpu gpu-price gpu-train lint clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -28,6 +28,10 @@ gpu:
 # After `make gpu`, in its environment: what LEAD costs a training step of an 8B-shape Llama. About a quarter of an hour.
 gpu-price:
 	.venv-gpu/bin/python benchmarks/test_estimation_price.py --device cuda
+
+# After `make gpu`: this loop beside Trainer, TRL and a loop in the published style, on an 8B-shape Llama.
+gpu-train:
+	.venv-gpu/bin/python benchmarks/train/test_train.py --device cuda
 
 lint:
 	@.ci/setup.sh dev,test

@@ -133,10 +133,12 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
+    """Name, family and model: one name serves several generations."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    known = {key.strip(): value.strip() for key, value in fields.items()}
+    if "model name" not in known:
+        return platform.machine()
+    return f"{known['model name']} (family {known.get('cpu family', '?')}, model {known.get('model', '?')})"
 
 
 def _version(package: str) -> str:

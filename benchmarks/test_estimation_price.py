@@ -46,6 +46,7 @@ class Setting:
     step_tokens: int = 2048
     num_rows: int = 25_000
     round_rows: int = 64
+    accumulation: int = 1
     device: str = "cpu"
 
 
@@ -110,7 +111,10 @@ def make(setting: Setting) -> tuple[lf.LeadEngine, Optimization, TrainConfig, Ca
     model = prepare_model(model)
     if setting.tuning == "lora":
         model = add_lora(model, rank=64, alpha=16.0, seed=0)
-    train = TrainConfig(step_tokens=setting.step_tokens, tuning=setting.tuning, precision="auto", learning_rate=1e-5)
+    train = TrainConfig(
+        step_tokens=setting.step_tokens, accumulation=setting.accumulation, tuning=setting.tuning, precision="auto",
+        learning_rate=1e-5,
+    )  # fmt: skip
     g = np.random.default_rng(0)
     pool = lf.Pool.from_arrays(
         arm=g.integers(0, 7, setting.num_rows), task=g.integers(0, 8, setting.num_rows),
@@ -201,7 +205,8 @@ def table(setting: Setting, pairs: Pairs) -> list[str]:
     off = float(np.median(pairs.off))
     tuning = "LoRA, rank 64" if setting.tuning == "lora" else "all weights"
     lines = [
-        f"### {setting.model} Llama, {tuning}, {setting.step_tokens} tokens a step, {setting.round_rows} rows a round",
+        f"### {setting.model} Llama, {tuning}, {setting.step_tokens} tokens a step in {setting.accumulation} micro-batches, "
+        f"{setting.round_rows} rows a round",
         "",
         f"Price of the estimation: **{price:+.2%}** of a step, 95% bootstrap bounds {low:+.2%} (2.5%) and {high:+.2%} (95%), "
         f"{len(pairs.on)} pairs; median step without LEAD {1e3 * off:.1f} ms.",
@@ -243,10 +248,12 @@ if __name__ == "__main__":
     parser.add_argument("--model", choices=tuple(SHAPES), help="default: small on the CPU, 8b on a GPU")
     parser.add_argument("--tuning", choices=("lora", "full"), nargs="+", default=["lora"])
     parser.add_argument("--step-tokens", type=int, help="default: 2048 on the CPU, 8192 on a GPU")
+    parser.add_argument("--accumulation", type=int, help="micro-batches a step: 1 on the CPU, 2 on a GPU, to fit 80 GB")
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
     name, tokens = arguments.model or ("8b" if on_gpu else "small"), arguments.step_tokens or (8192 if on_gpu else 2048)
-    chosen = [Setting(name, tuning, tokens, device=arguments.device) for tuning in arguments.tuning]
+    parts = arguments.accumulation or (2 if on_gpu else 1)
+    chosen = [Setting(name, t, tokens, accumulation=parts, device=arguments.device) for t in arguments.tuning]
     write(arguments.out, chosen, arguments.pairs, arguments.device)
