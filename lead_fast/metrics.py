@@ -103,6 +103,7 @@ def tracked(record: dict[str, Any], first_step: int) -> Iterator[tuple[int, dict
         "lead/scaled_reward": record["scaled_rewards"][0], "lead/mean_loss": record["mean_sample_loss"],
         "lead/samples": record["samples"], "lead/quarantined": record["quarantined"], "lead/steps": record["steps"],
         "lead/tokens": record["tokens"], "lead/supervised_tokens": record["supervised_tokens"],
+        "lead/rows_used": record["rows_used"], "lead/progress": record["progress"],
     }  # fmt: skip
     whole |= {f"lead/prob_{arm}": prob for arm, prob in enumerate(record["probs"])}
     whole |= {f"lead/calibration_{k}": v for k, v in record["calibration"].items() if isinstance(v, int | float)}

@@ -187,7 +187,7 @@ def run_rounds(
                     boundary()
             with clock.part("estimate"):
                 report = engine.end_round()
-            notes: dict[str, Any] = {}
+            notes: dict[str, Any] = {"rows_used": engine.num_used, "progress": engine.progress}
             for name, call in (after_round or {}).items():
                 with clock.part(name):
                     notes |= call(rnd, report)

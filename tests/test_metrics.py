@@ -12,7 +12,7 @@ from lead_fast.metrics import TRAINING_PARTS, tracked
 
 STEP = {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "train/supervised_tokens", "train/step_seconds"}
 ROUND = {"lead/round", "lead/arm", "lead/reward", "lead/scaled_reward", "lead/mean_loss", "lead/samples", "lead/quarantined",
-         "lead/steps", "lead/tokens", "lead/supervised_tokens", "lead/prob_0", "lead/calibration_c", "lead/seconds_step",
+         "lead/steps", "lead/tokens", "lead/supervised_tokens", "lead/rows_used", "lead/progress", "lead/prob_0", "lead/calibration_c", "lead/seconds_step",
          "lead/seconds_estimate", "lead/tokens_per_second", "lead/estimation_share", "lead/peak_mib"}  # fmt: skip
 
 
