@@ -8,9 +8,10 @@ demo:
 	@.ci/setup.sh
 	.venv/bin/lead-fast demo --out demo-run --overwrite
 
+# A process a core, each with one thread; a file's tests stay together, for what they share.
 test:
 	@.ci/setup.sh test
-	.venv/bin/pytest -q --durations=15 tests
+	OMP_NUM_THREADS=1 .venv/bin/pytest -q --durations=15 -n logical --dist loadfile tests
 
 # Fifty runs killed by SIGKILL at seeded random moments, resumed, and compared with runs that were not killed.
 test-kill:
