@@ -105,7 +105,9 @@ class Checkpoints:
             _write_files(writing, state, foreign)
             os.rename(writing, self.folder / name)
         except BaseException:
-            shutil.rmtree(writing, ignore_errors=True)
+            for folder in (writing, foreign):
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
             raise
         sync(self.folder)
         for path in self.paths()[: -self.keep]:
@@ -193,7 +195,7 @@ def _write_files(folder: Path, state: State, foreign: Path | None) -> None:
     files: dict[str, Any] = {}
     if foreign is not None:
         os.rename(foreign, folder / FOREIGN)
-        for path in sorted((folder / FOREIGN).rglob("*")):
+        for path in (folder / FOREIGN, *sorted((folder / FOREIGN).rglob("*"))):
             sync(path)
             if path.is_file():
                 files[str(path.relative_to(folder))] = _entry(path)

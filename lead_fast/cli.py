@@ -193,13 +193,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         summary = _run(arguments)
     except KeyboardInterrupt as interrupt:
-        print(f"lead-fast: interrupted; {interrupt or 'nothing is lost but the stage that ran'}", file=sys.stderr)
+        if rank == 0:
+            print(f"lead-fast: interrupted; {interrupt or 'nothing is lost but the stage that ran'}", file=sys.stderr)
         return 128 + getattr(interrupt, "signum", signal.SIGINT)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if arguments.verbose:
             raise
         where = "" if rank == 0 else f" in process {rank}"
-        print(f"lead-fast: error{where}: {error}", file=sys.stderr)
+        if type(error).__name__ != "FirstProcessError":  # that one speaks for all
+            print(f"lead-fast: error{where}: {error}", file=sys.stderr)
         return 1
     _leave_processes()
     if rank == 0:

@@ -368,7 +368,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | No
             tied.add(id(tensor))
             value = tensor.detach()
             full = value.full_tensor() if isinstance(value, DTensor) else value
-            whole[name] = full.cpu() if folder is not None else full[:0]
+            whole[name] = full.cpu() if folder is not None else torch.empty(0)
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,12 +16,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import filter_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.tracking import filter_trackers, get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from lead_fast.config import PrepareConfig
+from lead_fast.files import write_text
 from lead_fast.first_order import FirstOrder
 from lead_fast.models import PackedModel, checkpoint_activations, compile_layers, trained_parameters
 from lead_fast.ops import SampleStats
@@ -29,7 +32,7 @@ from lead_fast.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-# A process that has ended is noticed at once; this is for one that writes, scores or evaluates while the others wait.
+# For a process that writes, scores or evaluates while the others wait; by way of gloo one that has ended is noticed at once.
 _LONGEST_WAIT = timedelta(hours=2)
 
 
@@ -46,11 +49,14 @@ def make_accelerator(config: PrepareConfig) -> Accelerator:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    # gloo beside NCCL: what hosts tell each other need not wait for the devices.
+    backend = "cuda:nccl,cpu:gloo" if launched > 1 and torch.cuda.is_available() and not zero else None
     handlers = [
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
+        InitProcessGroupKwargs(backend=backend, timeout=_LONGEST_WAIT),
     ]
-    launched = int(os.environ.get("WORLD_SIZE") or 1)
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers,
         cpu=launched > 1 and not torch.accelerator.is_available(),  # else accelerate sees no processes on a CPU
@@ -60,27 +66,53 @@ def make_accelerator(config: PrepareConfig) -> Accelerator:
     return accelerator
 
 
-def start_trackers(accelerator: Accelerator, names: Sequence[str], folder: Path, options: dict[str, Any]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses trackers that accelerate does not know, or whose package is not installed.
+
+    Raises:
+        ValueError: they are named.
+    """
+    known = [str(tracker) for tracker in LoggerType if tracker is not LoggerType.ALL]
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"report_to: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    there = {str(tracker) for tracker in get_available_trackers()}
+    if missing := sorted(set(names) - there):
+        raise ValueError(f"report_to: {', '.join(missing)} is not installed; install it, or leave it out")
+
+
+def start_trackers(
+    accelerator: Accelerator, names: Sequence[str], folder: Path, options: dict[str, Any], *, num_steps: int
+) -> None:
     """Opens trackers, which `accelerator.log` then feeds from the first process.
 
     Args:
         accelerator: of the run.
-        names: as accelerate knows them.
-        folder: gets what they keep on disk.
+        names: as `check_trackers` takes them.
+        folder: gets what they keep on disk, and the run's id, by which a resumed run goes on in the same one.
         options: of the run, shown beside its metrics.
-
-    Raises:
-        TrainingError: a name that accelerate does not know, or a package that is not installed.
+        num_steps: optimizer steps done before; what a tracker holds of later ones is dropped or written over.
     """
-    try:
-        accelerator.log_with = filter_trackers(list(names), str(folder))
-    except ValueError as error:
-        raise TrainingError(f"report_to: {error}") from error
-    if missing := sorted(set(names) - {str(tracker) for tracker in accelerator.log_with}):
-        raise TrainingError(f"report_to: {', '.join(missing)}: not installed; install it, or leave it out")
+    accelerator.log_with = filter_trackers(list(names), str(folder))
     simple = {name: value for name, value in options.items() if isinstance(value, int | float | str | bool)}
     accelerator.project_configuration.logging_dir = str(folder)
-    accelerator.init_trackers("lead-fast", config=simple)
+    run = {"tensorboard": {"purge_step": num_steps + 1} if num_steps else {}}
+    if accelerator.is_main_process and {"wandb", "trackio"} & set(names):
+        path = folder / "run-id"
+        if not path.exists():
+            write_text(path, secrets.token_hex(8))
+        name = path.read_text()
+        run |= {"wandb": {"id": name, "resume": "allow"}, "trackio": {"name": name, "resume": "allow"}}
+    accelerator.init_trackers("lead-fast", config=simple, init_kwargs=run)
+
+
+@contextmanager
+def finished_trackers(accelerator: Accelerator) -> Iterator[None]:
+    """Ends the trackers that were started, however the block ends."""
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def learning_rate(progress: float, *, peak: float, schedule: str, warmup: float) -> float:
@@ -102,6 +134,7 @@ class StepResult:
         num_tokens: all tokens.
         grad_norm: of the whole gradient before clipping, 0-d; NaN where it is not known.
         seconds: that the host took; on a GPU the device may still be at work.
+        taken: False where it was left out, because the gradient is not finite.
     """
 
     loss: Tensor
@@ -109,6 +142,7 @@ class StepResult:
     num_tokens: int
     grad_norm: Tensor
     seconds: float
+    taken: bool = True
 
 
 class Optimization:
@@ -142,6 +176,8 @@ class Optimization:
             checkpoint_activations(model)
         if config.compile:
             compile_layers(model)
+        if is_sharded(accelerator) and not accelerator.is_fsdp2:
+            raise TrainingError("FSDP version must be 2 (accelerate launch --fsdp_version 2), got 1")
         self.is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.is_zero:
             _prepare_zero(accelerator, config)
@@ -156,6 +192,11 @@ class Optimization:
     def packed(self) -> PackedModel:
         """The packed model without accelerate's wrapper."""
         return self.accelerator.unwrap_model(self.model)  # pyright: ignore[reportReturnType]
+
+    @property
+    def is_sharded(self) -> bool:
+        """FSDP shards the weights."""
+        return is_sharded(self.accelerator)
 
     def step(
         self,
@@ -196,15 +237,18 @@ class Optimization:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         # One NaN would reach every weight; its sample is quarantined by the engine, and the step is left out. In fp16 the
         # gradient scaler does that itself, and must see the step to lower its scale.
-        if self.is_zero or self.accelerator.scaler is not None or norm is None or bool(torch.isfinite(norm)):
+        taken = self.is_zero or self.accelerator.scaler is not None or norm is None or bool(torch.isfinite(norm))
+        if taken:
             self.optimizer.step()
+            taken = not self.accelerator.optimizer_step_was_skipped
         else:
             logger.warning("a gradient is not finite: its optimizer step is left out")
         self.optimizer.zero_grad(set_to_none=True)
         if first_order is not None:
             first_order.stepped()
         grad_norm = torch.as_tensor(math.nan if norm is None else norm).detach()
-        return StepResult(total, num_items, sum(batch.num_tokens for batch in batches), grad_norm, time.perf_counter() - start)
+        num_tokens, seconds = sum(batch.num_tokens for batch in batches), time.perf_counter() - start
+        return StepResult(total, num_items, num_tokens, grad_norm, seconds, taken)
 
     def _sketched(self, first_order: FirstOrder | None, batch: PackedBatch, num_items: int) -> AbstractContextManager[None]:
         if first_order is None:
@@ -221,6 +265,18 @@ class Optimization:
         else:
             with self.accelerator.no_sync(self.model):
                 yield
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """FSDP shards the weights of the models that it prepares."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def reshard(model: nn.Module) -> None:
+    """Shards again what a forward pass without backward leaves whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _prepare_zero(accelerator: Accelerator, config: PrepareConfig) -> None:
@@ -259,6 +315,7 @@ def evaluate(
     if ranks.idles(bins):  # where weights are sharded, all take part in each forward pass
         model(pack([samples[i] for i in bins[0]]).to(device), stats="loss")
     model.train(was_training)
+    reshard(model)
     return ranks.sum(losses).cpu()
 
 

@@ -7,7 +7,7 @@ with as many micro-batches would have made them. So every rank holds the same ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,18 +20,24 @@ T = TypeVar("T")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+class FirstProcessError(RuntimeError):
+    """The first process has failed at what the others waited for; it says itself why."""
+
+
 class Ranks:
     """The processes that train together; without a group it is this process alone, and every call is free.
 
-    All of them must make the same calls in the same order.
+    All of them must make the same calls in the same order. What the host wants to know crosses by way of the host where the
+    group can (gloo): the device need not wait, and a process that has ended is noticed.
 
     Args:
         group: of torch.distributed, or None.
-        device: where tensors of the group's backend live.
+        device: where this process trains.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
         self.group, self.device = group, torch.device(device)
+        self._host = torch.device("cpu") if group is None or _crosses_by_host(group) else self.device
         self.number = 0 if group is None else dist.get_rank(group)
         self.world = 1 if group is None else dist.get_world_size(group)
 
@@ -55,20 +61,41 @@ class Ranks:
         return len(items[self.number :: self.world]) * self.world < len(items)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over processes of a tensor of one shape on `device`; in place where there are several."""
+        """The sum over processes of a tensor of one shape and device; in place where there are several."""
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def any(self, flag: bool) -> bool:
         """True where it is for one of them."""
-        return flag if self.group is None else bool(self.sum(torch.tensor([int(flag)], device=self.device)))
+        return flag if self.group is None else bool(self.sum_of(int(flag)))
+
+    def sum_of(self, value: int) -> int:
+        """The sum of an integer over processes."""
+        return value if self.group is None else int(self.sum(torch.tensor([value], device=self._host)))
 
     def of_first(self, value: int) -> int:
         """The first process's value."""
-        if self.group is None:
-            return value
-        return int(self.sum(torch.tensor([value if self.is_first else 0], device=self.device)))
+        return self.sum_of(value if self.is_first else 0)
+
+    def on_first(self, call: Callable[[], T]) -> T | None:
+        """What `call` returns, which the first process alone runs, None on the others, which wait for it.
+
+        Raises:
+            Exception: on the first process, what the call raised. FirstProcessError: on the others, then.
+        """
+        result, error = None, None
+        if self.is_first:
+            try:
+                result = call()
+            except Exception as raised:
+                error = raised
+        failed = self.any(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise FirstProcessError("the first process has failed, and says why")
+        return result
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, in their order; of any type, by way of the host."""
@@ -90,11 +117,19 @@ class Ranks:
         """
         if self.group is None:
             return
-        values = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        values = torch.zeros(self.world, dtype=torch.int64, device=self._host)
         values[self.number] = value
         found = self.sum(values).tolist()
         if len(set(found)) > 1:
             raise RuntimeError(f"the {self.world} processes must agree on {what}, got {found}")
+
+
+def _crosses_by_host(group: dist.ProcessGroup) -> bool:
+    try:
+        group._get_backend(torch.device("cpu"))
+    except RuntimeError:  # NCCL alone
+        return False
+    return True
 
 
 class Observation(NamedTuple):
@@ -141,12 +176,14 @@ class Shards:
 
     def _records(self, device: torch.device) -> Tensor:
         """This rank's observations, fp64 [n, 6]: step, micro-batch of the step, row, loss, tokens, gradient norm."""
-        parts, micro_batches = [torch.zeros(0, 6, dtype=torch.float64, device=device)], dict[int, int]()
-        for step, *columns in self.observations:
-            number = micro_batches[step] = micro_batches.get(step, -1) + 1
-            place = columns[0].new_tensor([step, number]).expand(len(columns[0]), 2)
-            parts.append(torch.cat([place.double(), torch.stack([c.double() for c in columns], 1)], 1))
-        return torch.cat(parts)
+        if not self.observations:
+            return torch.zeros(0, 6, dtype=torch.float64, device=device)
+        places, micro_batches = [], dict[int, int]()
+        for observation in self.observations:
+            number = micro_batches[observation.step] = micro_batches.get(observation.step, -1) + 1
+            places += [[observation.step, number]] * len(observation.rows)
+        columns = [torch.cat(column).double() for column in list(zip(*self.observations, strict=True))[1:]]
+        return torch.cat([torch.tensor(places, dtype=torch.float64).to(device).reshape(-1, 2), torch.stack(columns, 1)], 1)
 
     def _gather(self, records: Tensor) -> list[Tensor]:
         world = dist.get_world_size(self.group)
@@ -173,9 +210,11 @@ def _in_order(parts: Sequence[Tensor]) -> Iterator[Observation]:
     everything, rank = everything[order], rank[order]
     keys = torch.stack([everything[:, 0], everything[:, 1], rank], 1)
     _, counts = torch.unique_consecutive(keys, dim=0, return_counts=True)
-    for part in everything.split(counts.tolist()):
+    sizes = counts.tolist()
+    steps = everything[(counts.cumsum(0) - counts), 0].tolist()
+    for step, part in zip(steps, everything.split(sizes), strict=True):
         rows, loss, num_tokens, grad_norm_sq = part[:, 2:].unbind(1)
-        yield Observation(int(part[0, 0]), rows.long(), loss.float(), num_tokens.float(), grad_norm_sq.float())
+        yield Observation(int(step), rows.long(), loss.float(), num_tokens.float(), grad_norm_sq.float())
 
 
 def observations_of(state: dict[str, Tensor], device: torch.device) -> Iterator[Observation]:

@@ -181,9 +181,9 @@ class Checkpointer:
             begin = time.monotonic()
             state = self.state.capture(run) | {"log": {"bytes": self.log.sync(), "seconds": self.seconds}}
             foreign = self._foreign(run.num_steps)
-            if self.ranks.is_first:
-                path = self.checkpoints.write(run.num_steps, state, foreign)
-                logger.debug("checkpoint %s: %.2f s", path, time.monotonic() - begin)
+            # All wait: one that ended would have the launcher stop the one that writes.
+            path = self.ranks.on_first(lambda: self.checkpoints.write(run.num_steps, state, foreign))
+            logger.debug("checkpoint %s: %.2f s", path, time.monotonic() - begin)
             self._steps, self._rounds = run.num_steps, len(run.rounds)
         self._last = time.monotonic()
 

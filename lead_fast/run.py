@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lead_fast.interrupts import StopSignals
 from lead_fast.metrics import TRAINING_PARTS, peak_mib, tracked, write_candidates
 from lead_fast.models import save_model
 from lead_fast.offline.prepare import PREPARED_FILE, Prepared, encoded_rows, load_prepared, prepare
-from lead_fast.optimization import Optimization, evaluate, make_accelerator, start_trackers
+from lead_fast.optimization import Optimization, check_trackers, evaluate, finished_trackers, make_accelerator, start_trackers
 from lead_fast.packing import ChatEncoder, Sample
 from lead_fast.pool import Pool
 from lead_fast.ranks import Ranks
@@ -98,7 +98,7 @@ def run_prepare(config: PrepareConfig, lead: LeadConfig) -> dict[str, Any]:
     inputs = open_inputs(config)
     if isinstance(inputs, Prepared):
         raise ValueError(f"pool: {config.pool} is prepared already; give it to `lead-fast train`")
-    with StopSignals(), _claimed(config, ranks) as folder:
+    with StopSignals(several=ranks.world > 1), _claimed(config, ranks) as folder:
         prepared = prepare(inputs, config, lead, folder)
         if ranks.is_first:
             write_text(folder / CONFIG_FILE, to_yaml(config, lead.resolve()))
@@ -123,13 +123,14 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
     seed_generators(lead.seed + ranks.number)
     for name in [lead.estimator, *(config.audited if config.audit_every else ())]:
         estimator_class(name)
+    check_trackers(config.trackers)
     if config.out is None:
         raise ValueError("out: required")
     folder = Path(config.out)
     if config.resume and (folder / SUMMARY_FILE).exists():
         return finished_run(folder) if ranks.is_first else {}
     checkpoints = Checkpoints(folder / CHECKPOINTS)
-    with StopSignals() as stop:
+    with StopSignals(several=ranks.world > 1) as stop:
         if config.resume and checkpoints.paths():
             check_options(folder, config, lead)
             inputs = own_inputs(config)
@@ -152,14 +153,13 @@ def _start(config: PrepareConfig) -> Ranks:
 def _claimed(config: PrepareConfig, ranks: Ranks) -> Iterator[Path]:
     """The output folder, which the first process keeps for the run."""
     assert config.out is not None
-    if not ranks.is_first:
-        ranks.wait()
+    with ExitStack() as kept:
+
+        def claim() -> None:
+            kept.enter_context(locked(claim_folder(str(config.out), resume=config.resume)))
+
+        ranks.on_first(claim)
         yield Path(config.out)
-        return
-    folder = claim_folder(config.out, resume=config.resume)
-    with locked(folder):
-        ranks.wait()
-        yield folder
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
@@ -196,8 +196,6 @@ def _train(
     ranks = Ranks.started(accelerator.device)
     if ranks.is_first:
         write_text(folder / CONFIG_FILE, options)
-    if config.trackers:
-        start_trackers(accelerator, config.trackers, folder / "trackers", dataclasses.asdict(config) | dataclasses.asdict(lead))
     engine = LeadEngine(prepared.pool, lead, accelerator.device, group=ranks.group)
     engine.record_candidates = config.log_utilities and ranks.is_first
     first_utility = engine.utility(engine.groups.choosable_rows()).cpu().numpy()
@@ -206,7 +204,8 @@ def _train(
     after_round: dict[str, AfterRound] = {"signals": signals.after_round}
     if config.audit_every:
         scorer = row_scorer(optimization, ChatEncoder(tokenizer, config.max_length), prepared.pool, config)
-        after_round["audit"] = Auditor(engine, config, scorer, folder / AUDIT_FOLDER if ranks.is_first else None).after_round
+        target = folder / AUDIT_FOLDER if ranks.is_first else None
+        after_round["audit"] = Auditor(engine, _auditable(config, optimization), scorer, target).after_round
     if engine.budget < engine.config.budget_rows(len(prepared.pool)):
         logger.warning("the budget is cut to the %d rows that are not set aside", engine.budget)
 
@@ -215,6 +214,9 @@ def _train(
     state = TrainingState(engine, optimization, signals, heldout)
     run, log, seconds = begin(state, checkpoints, folder)
     signals.go_on(run.rounds)
+    if config.trackers:
+        both = dataclasses.asdict(config) | dataclasses.asdict(lead)
+        start_trackers(accelerator, config.trackers, folder / "trackers", both, num_steps=run.num_steps)
     checkpointer = Checkpointer(checkpoints, state, config, log, stop, run, start - seconds)
 
     def on_round(rnd: Round, record: dict[str, Any]) -> None:
@@ -226,20 +228,27 @@ def _train(
             write_candidates(rnd, folder / UTILITIES)
 
     score = heldout_scorer(optimization, encoder, heldout, config, lead.seed)
-    with stop.deferred():
+    with stop.deferred(), finished_trackers(accelerator):
         run_rounds(
             engine, optimization, lambda rows: encoded_rows(encoder, prepared.pool, rows), config,
             after_round=after_round, on_round=on_round, evaluate_now=score, run=run, at_boundary=checkpointer.at_boundary,
         )  # fmt: skip
         checkpointer.finish(run)
     log.close()
-    for tracker in accelerator.trackers:
-        tracker.finish()
     with atomic_path(folder / "model", durable=True) if ranks.is_first else nullcontext() as temporary:
         save_model(optimization.bare, tokenizer, temporary)
     if ranks.is_first:
         return write_results(folder, engine, run, prepared, checkpointer.seconds, first_utility)
     return {}
+
+
+def _auditable(config: TrainConfig, optimization: Optimization) -> TrainConfig:
+    """The options of an audit without the estimators that cannot watch here."""
+    left_out = [name for name in config.audited if estimator_class(name).needs_weights and optimization.is_sharded]
+    if not left_out:
+        return config
+    logger.warning("audit_estimators: %s follows whole weights, which FSDP shards: left out", ", ".join(left_out))
+    return dataclasses.replace(config, audit_estimators=",".join(n for n in config.audited if n not in left_out))
 
 
 def write_results(
@@ -274,7 +283,7 @@ def begin(state: TrainingState, checkpoints: Checkpoints, folder: Path) -> tuple
         The run, its rounds.jsonl, and the seconds that it took before it was interrupted.
     """
     ranks = state.optimization.ranks
-    checkpoint = _newest(checkpoints, folder) if ranks.is_first else None
+    checkpoint = ranks.on_first(lambda: _newest(checkpoints, folder))
     # All go on from the one that the first process has found.
     number = ranks.of_first(-1 if checkpoint is None else checkpoints.paths().index(checkpoint.path))
     if number < 0:

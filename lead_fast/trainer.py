@@ -177,6 +177,7 @@ def run_rounds(
                 )  # fmt: skip
                 with clock.part("step"):
                     result = optimization.step(steps[number], lr, _timed_observe(engine, clock), first_order)
+                lr = lr if result.taken else 0.0
                 with clock.part("estimate"):
                     engine.step(lr=lr, num_items=result.num_items)
                 trained.append((lr, result))

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lead_fast.checkpoint import State, tensor_bytes
 from lead_fast.models import trained_parameters
-from lead_fast.optimization import Optimization, StepResult, TrainingError
+from lead_fast.optimization import Optimization, StepResult, TrainingError, reshard
 from lead_fast.packing import CutCounts
 from lead_fast.pool import ARRAYS, Pool
 from lead_fast.ranks import Ranks
@@ -64,6 +64,7 @@ class TrainingState:
         Raises:
             TrainingError: a trained weight is not finite; going on from it would lead nowhere.
         """
+        reshard(self.optimization.bare)
         return {
             "weights": _weights(self.optimization),
             "optimizer": _optimizer(self.optimization),
@@ -161,7 +162,8 @@ def _on_first(tensor: Tensor, ranks: Ranks) -> Tensor:
     """The whole of a sharded tensor on the host of the first process, nothing on the others; any other tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.full_tensor().cpu() if ranks.is_first else tensor.full_tensor()[:0]
+    whole = tensor.full_tensor()
+    return whole.cpu() if ranks.is_first else torch.empty(0, dtype=tensor.dtype)
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
@@ -174,9 +176,9 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
 def _weights(optimization: Optimization) -> State:
     parameters, ranks = dict(trained_parameters(optimization.bare)), optimization.ranks
     local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters.values()]
-    finite = torch.stack([torch.isfinite(p.detach()).all() for p in local])
-    if ranks.any(not bool(finite.all())):
-        name = list(parameters)[int(finite.int().argmin())]
+    bad = torch.stack([~torch.isfinite(p.detach()).all() for p in local]).int()
+    if bool(ranks.sum(bad).any()):  # of all shards, so that all name the same
+        name = list(parameters)[int(bad.bool().int().argmax())]
         raise TrainingError(f"checkpoint: {name} holds NaN or infinity, so none was written; lower --learning-rate")
     return {name: _on_first(p.detach(), ranks) for name, p in parameters.items()}
 
@@ -215,6 +217,8 @@ def _restore_optimizer(optimization: Optimization, saved: State) -> None:
             "resume: a run under DeepSpeed goes on under DeepSpeed, any other under another launcher configuration"
         )
     if optimization.is_zero:
+        if saved["processes"] != (got := optimization.ranks.world):
+            raise ValueError(f"resume: ZeRO's optimizer is that of {saved['processes']} processes, got {got}")
         return  # by restore_zero
     parameters = dict(trained_parameters(optimization.bare))
     optimizer, state = optimization.optimizer, {}

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
-from same_run import finished
+from same_run import PREPARE, finished
 
 from lead_fast.files import read_jsonl
 from lead_fast.metrics import TRAINING_PARTS, tracked
 
 STEP = {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "train/supervised_tokens", "train/step_seconds"}
 ROUND = {"lead/round", "lead/arm", "lead/reward", "lead/scaled_reward", "lead/mean_loss", "lead/samples", "lead/quarantined",
-         "lead/steps", "lead/tokens", "lead/supervised_tokens", "lead/rows_used", "lead/progress", "lead/prob_0", "lead/calibration_c", "lead/seconds_step",
+         "lead/steps", "lead/tokens", "lead/supervised_tokens", "lead/rows_used", "lead/progress", "lead/prob_0",
+         "lead/calibration_c", "lead/seconds_step",
          "lead/seconds_estimate", "lead/tokens_per_second", "lead/estimation_share", "lead/peak_mib"}  # fmt: skip
 
 
@@ -79,12 +80,30 @@ def test_a_tracker_gets_the_run(runs, reference, tmp_path):
     assert [event.value for event in events.Scalars("lead/arm")] == [record["arm"] for record in records]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("nothing", "report_to: Unsupported logging capability: nothing"), ("comet_ml", "comet_ml: not installed")],
-)
-def test_a_tracker_that_is_not_there_is_named(name, message, runs, reference, tmp_path):
+def test_a_resumed_run_goes_on_in_its_tracker(runs, reference, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     options, _ = reference("lora")
-    run = runs.start([*options, "--out", str(tmp_path / "run"), "--report-to", name])
+    out = tmp_path / "run"
+    command = [*options, "--out", str(out), "--report-to", "tensorboard"]
+    run = runs.start(command, hold=["rename", ".writing", 9])
+    assert run.wait_until_held()
+    run.kill()
+    finished(runs.start([*command, "--resume"]))
+    events = EventAccumulator(str(out / "trackers" / "lead-fast"))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("train/loss")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) == sum(r["steps"] for r in read_jsonl(out / "rounds.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("nothing", "report_to: expected some of "), ("comet_ml", "report_to: comet_ml is not installed")]
+)
+def test_a_tracker_that_is_not_there_is_named_before_anything_is_done(name, message, runs, reference, tmp_path):
+    reference("lora")
+    pool, out = reference.folder / "pool.jsonl", tmp_path / "run"
+    run = runs.start(["train", "--pool", str(pool), *PREPARE, "--out", str(out), "--report-to", name])
     assert run.wait() == 1
     assert message in run.log.read_text() and "Traceback" not in run.log.read_text()
+    assert not out.exists()

@@ -6,6 +6,7 @@ follows is its own code, torch's and DeepSpeed's.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -25,7 +26,7 @@ import lead_fast as lf
 from lead_fast.checkpoint import FOREIGN, Checkpoints
 from lead_fast.config import TrainConfig
 from lead_fast.interrupts import StopSignals
-from lead_fast.models import add_lora, build_model, save_model
+from lead_fast.models import add_lora, build_model, save_model, trained_parameters
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization, TrainingError, evaluate, make_accelerator
 from lead_fast.packing import ChatEncoder, pack
@@ -52,7 +53,8 @@ def make_model(tuning):
 
 def train(optimization, samples, steps):
     """Losses of the steps, and every sample's statistics as this process saw them."""
-    batches, losses, seen = [pack(samples[:3], [0, 1, 2]), pack(samples[3:], [3, 4, 5, 6, 7])], [], {}
+    batches = [pack(samples[:3], [0, 1, 2]), pack(samples[3:5], [3, 4]), pack(samples[5:], [5, 6, 7])]
+    losses, seen = [], {}
     for _ in range(steps):
         result = optimization.step(
             batches, 1e-2, lambda rows, s: seen.update(zip(rows.tolist(), s.grad_norm_sq.tolist(), strict=True))
@@ -61,14 +63,14 @@ def train(optimization, samples, steps):
     return losses, seen
 
 
-def sharding_accelerator(kind, rank, world):
-    """accelerate's own, told to shard: "fsdp2", "zero1" or "zero2"."""
+def sharding_accelerator(kind, rank, world, efficient=True):
+    """accelerate's own, told to shard: "fsdp2", "zero1" or "zero2"; `efficient` is the launcher's default for FSDP."""
     if kind == "fsdp2":
         make_accelerator(CONFIG)
         told = {"distributed_type": DistributedType.FSDP}
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-            cpu_ram_efficient_loading=False, reshard_after_forward=True,
+            cpu_ram_efficient_loading=efficient, reshard_after_forward=True,
         )  # fmt: skip
     else:
         os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=kind[-1])
@@ -100,12 +102,15 @@ def rank_main(rank, world, port, folder, kind, tuning):
     # A checkpoint holds whole weights; what is restored from it trains on as what it was taken from.
     checkpoints, run = Checkpoints(Path(folder) / "checkpoints"), TrainingRun()
     state = state_of(optimization)
+    captured = state.capture(TrainingRun())
+    if kind == "fsdp2" and rank:  # the whole is on the first process alone
+        assert all(t.untyped_storage().nbytes() == 0 for t in captured["weights"].values())
     checkpointer = Checkpointer(checkpoints, state, CONFIG, RoundLog(None), StopSignals(), run, time.monotonic())
     run.num_steps = STEPS
     checkpointer.write(run)
     optimization.ranks.wait()
     going_on, _ = train(optimization, samples, 1)
-    restored = Optimization(make_model(tuning)[0], sharding_accelerator(kind, rank, world), CONFIG)
+    restored = Optimization(make_model(tuning)[0], sharding_accelerator(kind, rank, world, efficient=False), CONFIG)
     state = state_of(restored)
     checkpoint = checkpoints.read(checkpoints.paths()[-1])
     assert state.restore(checkpoint.state, []).num_steps == STEPS
@@ -115,11 +120,20 @@ def rank_main(rank, world, port, folder, kind, tuning):
     for one, two in zip(model.parameters(), restored.bare.parameters(), strict=True):
         assert torch.equal(*(p.to_local() if isinstance(p, DTensor) else p for p in (one, two)))
 
-    if kind == "fsdp2":  # what follows whole weights is refused
+    if kind == "fsdp2":
+        name, weight = list(trained_parameters(model))[-1]
+        with torch.no_grad():
+            weight.to_local()[-1:].fill_(math.nan if rank else 0.0)
+        with pytest.raises(TrainingError, match=f"checkpoint: {name} holds NaN"):  # each names the same
+            state_of(optimization).capture(TrainingRun())
+        # What follows whole weights is refused.
         engine = lf.LeadEngine(state.engine.pool, lf.LeadConfig(estimator="historical"), group=optimization.ranks.group)
         with pytest.raises(TrainingError, match="'historical' follows whole weights, which FSDP shards"):
             attach(engine, optimization)
     else:
+        checkpoint.state["optimizer"]["processes"] = 3
+        with pytest.raises(ValueError, match="ZeRO's optimizer is that of 3 processes, got 2"):
+            state.restore(checkpoint.state, [])
         accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] = 3
         with pytest.raises(TrainingError, match="ZeRO stage 3 shards the LM head"):
             Optimization(make_model(tuning)[0], accelerator, CONFIG)
@@ -176,3 +190,16 @@ def test_shards_train_as_the_whole(kind, tuning, tmp_path):
     assert {name: value.shape for name, value in weights.items()} == {
         name: p.shape for name, p in model.named_parameters() if p.requires_grad
     }
+
+
+def test_the_first_version_of_fsdp_is_refused():
+    accelerator = make_accelerator(CONFIG)
+    kept = dict(AcceleratorState._shared_state)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    try:
+        AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+        with pytest.raises(TrainingError, match="FSDP version must be 2"):
+            Optimization(make_model("lora")[0], accelerator, CONFIG)
+    finally:
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(kept)

@@ -24,7 +24,8 @@ from lead_fast.ranks import Ranks
 from lead_fast.rounds import Round
 
 STATE_FORMAT = 2
-_POSITION = ("used_before", "steps_done", "num_tokens", "num_items")
+_COUNTS = ("num_tokens", "num_items")
+_POSITION = ("used_before", "steps_done", *_COUNTS)
 _POOL_ARRAYS = ("arm", "task", "utility", "num_tokens", "aside")
 
 
@@ -133,8 +134,7 @@ class HostRounds:
         """
         opened, engine = self._open("end"), self.engine
         report = engine.end_round()
-        counts = torch.tensor([opened.num_tokens, opened.num_items], device=self.ranks.device)
-        num_tokens, num_items = self.ranks.sum(counts).tolist()
+        num_tokens, num_items = self.ranks.sum_of(opened.num_tokens), self.ranks.sum_of(opened.num_items)
         self.open = None
         metrics: dict[str, float] = {
             "lead/round": report.number,
@@ -188,6 +188,8 @@ class HostRounds:
     def state_dict(self) -> dict[str, Any]:
         """Engine and position, between rounds or inside one, at a boundary of optimizer steps; for `save_state`."""
         position = None if self.open is None else {name: getattr(self.open, name) for name in _POSITION}
+        if position is not None:  # counted by each process
+            position |= {name: self.ranks.sum_of(position[name]) for name in _COUNTS}
         return {"format": STATE_FORMAT, "settings": self._settings(), "engine": self.engine.state_dict(), "position": position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -209,7 +211,8 @@ class HostRounds:
         self.engine.load_state_dict(state["engine"])
         self.open, rnd = None, self.engine.open_round
         if rnd is not None:
-            self.open = dataclasses.replace(self._opened(rnd, 0), **state["position"])
+            position = state["position"] if self.ranks.is_first else state["position"] | dict.fromkeys(_COUNTS, 0)
+            self.open = dataclasses.replace(self._opened(rnd, 0), **position)
 
     def _settings(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.engine.pool.fingerprint.encode())

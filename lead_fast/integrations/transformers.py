@@ -39,7 +39,7 @@ from lead_fast.integrations.samples import ChatSamples, DatasetSamples
 from lead_fast.integrations.state_file import load_state, save_state
 from lead_fast.models import PackedModel, trained_parameters
 from lead_fast.ops import LinearCrossEntropyOutput
-from lead_fast.packing import PackedBatch, Sample
+from lead_fast.packing import CutCounts, PackedBatch, Sample
 from lead_fast.pool import Pool
 from lead_fast.ranks import Ranks
 
@@ -110,8 +110,7 @@ class LeadRounds(_Host):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches = list(islice(epoch_iterator, num_batches))
-        items = torch.tensor([sum(batch["num_items"] for batch in batches)], device=self.args.device)
-        self._step_items = max(1, int(self._ranks.sum(items)))
+        self._step_items = max(1, self._ranks.sum_of(sum(batch["num_items"] for batch in batches)))
         return batches, self._step_items
 
     def _micro_batches(self) -> Iterator[dict[str, Any]]:
@@ -333,5 +332,7 @@ class LeadTrainer(LeadRounds, Trainer):
     def train_ended(self) -> None:
         super().train_ended()
         samples = self._rounds.samples_of
-        if isinstance(samples, ChatSamples) and (samples.encoder.cuts.prompts or samples.encoder.cuts.answers):
-            logger.warning("%s", samples.encoder.cuts)
+        if isinstance(samples, ChatSamples):
+            cuts = CutCounts.merge(self._ranks.gather(samples.encoder.cuts))
+            if self._ranks.is_first and (cuts.prompts or cuts.answers):
+                logger.warning("%s", cuts)

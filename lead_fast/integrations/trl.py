@@ -81,11 +81,9 @@ class LeadSFTTrainer(LeadRounds, SFTTrainer):
             causal: Any = self._packed.causal_lm
             causal.router_aux_loss_coef = self.router_aux_loss_coef  # the host's argument, which only its own loss reads
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if "cu_seqlens" in inputs:
-            count = torch.tensor(inputs["input_ids"].numel(), device=self.args.device)
-            self._total_train_tokens += int(self._ranks.sum(count))
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = sum(batch["input_ids"].numel() for batch in batches if batch["num_items"])
+        self._total_train_tokens += self._ranks.sum_of(tokens)
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return batches, items

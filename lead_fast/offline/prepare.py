@@ -139,29 +139,27 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
     summary |= {"rows_read": len(pool), "rows_rejected": pool.num_rejected}
     base, pool = _base_model(pool, config, lead.seed, stages, summary)
     summary["base"] = base
-    if pool.arm is not None and pool.utility is not None:
+    brought = pool.arm is not None and pool.utility is not None
+    if brought:
         logger.info("the pool brings arms and first utilities: no warm-up, no scoring")
-        prepared_pool, start = pool, None
-        if lead.hard_rows == "aside" and pool.difficulty is not None:
-            prepared_pool = pool.with_arrays(aside=pool.aside | (pool.difficulty > 1.0))
     else:
         tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
         encoder = ChatEncoder(tokenizer, config.max_length)
-        start = folder / "start"
         key = _warm_up(pool, encoder, base, config, lead.seed, stages, summary)
         _score(pool, encoder, base, config, lead.seed, stages, key, summary)
-        if not ranks.is_first:
-            ranks.wait()
-            return load_prepared(folder)
-        prepared_pool = _cluster(pool, config, lead, stages, summary)
-    summary["rows"] = len(prepared_pool)
-    summary["rows_aside"] = int(prepared_pool.aside.sum())
-    if ranks.is_first:
+
+    def write() -> Prepared:
+        prepared_pool = pool if brought else _cluster(pool, config, lead, stages, summary)
+        if brought and lead.hard_rows == "aside" and pool.difficulty is not None:
+            prepared_pool = pool.with_arrays(aside=pool.aside | (pool.difficulty > 1.0))
+        summary["rows"] = len(prepared_pool)
+        summary["rows_aside"] = int(prepared_pool.aside.sum())
         with atomic_path(folder / "pool") as temporary:
             prepared_pool.save(temporary)
         write_json(folder / PREPARED_FILE, summary)
-    ranks.wait()
-    return Prepared(prepared_pool, base, start, summary)
+        return Prepared(prepared_pool, base, None if brought else folder / "start", summary)
+
+    return ranks.on_first(write) or load_prepared(folder)
 
 
 def _base_model(pool: Pool, config: PrepareConfig, seed: int, stages: Stages, summary: dict[str, Any]) -> tuple[str, Pool]:
