@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from lead_fast.reference_state import (
     STREAM_TASKS,
 )
 from lead_fast.rng import philox_uniform
-from lead_fast.rounds import OpenRound, Round, RoundReport
+from lead_fast.rounds import OpenRound, Round, RoundReport, SampleStatistics
 from lead_fast.selection import Candidates, Groups, candidate_positions, cut_to_budget
 from lead_fast.utility import (
     Clocks,
@@ -58,17 +58,6 @@ from lead_fast.visits import make_visit
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 3
-
-
-class SampleStatistics(Protocol):
-    """What `observe` reads of `linear_cross_entropy(...).samples`; fp32 [S] each."""
-
-    @property
-    def loss(self) -> Tensor: ...
-    @property
-    def num_tokens(self) -> Tensor: ...
-    @property
-    def grad_norm_sq(self) -> Tensor: ...
 
 
 class LeadEngine:

@@ -1,10 +1,10 @@
-"""What a round chose (`Round`) and what came of it (`RoundReport`)."""
+"""What a round chose (`Round`), what it is told of its samples (`SampleStatistics`), what came of it (`RoundReport`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,17 @@ class Round:
         fields: dict[str, Any] = dict(state)
         fields["candidates"] = [Candidates(**columns) for columns in state["candidates"].values()]
         return cls(**fields)
+
+
+class SampleStatistics(Protocol):
+    """What `observe` reads of `linear_cross_entropy(...).samples`; fp32 [S] each."""
+
+    @property
+    def loss(self) -> Tensor: ...
+    @property
+    def num_tokens(self) -> Tensor: ...
+    @property
+    def grad_norm_sq(self) -> Tensor: ...
 
 
 class OpenRound(NamedTuple):

@@ -74,21 +74,28 @@ def rounds_of(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "performance")} for line in read_jsonl(out / "rounds.jsonl")]
 
 
-def assert_same_run(out: Path, reference: Path) -> None:
-    """Everything that two runs wrote is the same, but for what was timed; nothing half written is left of either."""
+def assert_same_training(out: Path, reference: Path) -> None:
+    """What was chosen, logged, re-scored and learned is the same, bit for bit, but for what was timed."""
     assert (out / "selected.jsonl").read_bytes() == (reference / "selected.jsonl").read_bytes()
     assert rounds_of(out) == rounds_of(reference)
     weights = [path.name for path in (reference / "model").glob("*.safetensors")]
     assert weights
     for name in weights:
         assert (out / "model" / name).read_bytes() == (reference / "model" / name).read_bytes(), name
+    for kind in ("utilities", "audit"):
+        names = [sorted(path.name for path in folder.glob(f"{kind}/*.parquet")) for folder in (out, reference)]
+        assert names[0] == names[1]
+        for name in names[0]:
+            assert pq.read_table(out / kind / name).equals(pq.read_table(reference / kind / name)), name
     one, two = (json.loads((folder / "summary.json").read_text()) for folder in (out, reference))
     for timed in ("out", "model", "seconds", "seconds_by_part", "tokens_per_second", "estimation_share", "peak_mib"):
         del one[timed], two[timed]
     assert one == two
-    assert sorted(p.name for p in out.glob("utilities/*")) == sorted(p.name for p in reference.glob("utilities/*"))
-    for path in reference.glob("utilities/*"):
-        assert pq.read_table(out / "utilities" / path.name).equals(pq.read_table(path)), path.name
+
+
+def assert_same_run(out: Path, reference: Path) -> None:
+    """Everything that two runs wrote is the same, but for what was timed; nothing half written is left of either."""
+    assert_same_training(out, reference)
     # The last checkpoint is of the same step, and holds the same tensors.
     one, two = (max(folder.glob("checkpoints/step-*[0-9]")) for folder in (out, reference))
     assert one.name == two.name

@@ -10,9 +10,8 @@ import subprocess
 import sys
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from same_run import METHODS, PREPARE, finished, rounds_of, wait_for_rounds
+from same_run import METHODS, PREPARE, assert_same_training, finished, rounds_of, wait_for_rounds
 
 from lead_fast.checkpoint import Checkpoints
 from lead_fast.pool import Pool
@@ -26,26 +25,6 @@ def statuses(ranks):
 
 def finished_ranks(ranks):
     assert statuses(ranks) == [0] * len(ranks), "\n".join(rank.log.read_text() for rank in ranks)
-
-
-def assert_same_training(out, reference):
-    """What was chosen, logged, re-scored and learned is the same, bit for bit."""
-    assert (out / "selected.jsonl").read_bytes() == (reference / "selected.jsonl").read_bytes()
-    assert rounds_of(out) == rounds_of(reference)
-    weights = [path.name for path in (reference / "model").glob("*.safetensors")]
-    assert weights
-    for name in weights:
-        assert (out / "model" / name).read_bytes() == (reference / "model" / name).read_bytes(), name
-    for folder in ("utilities", "audit"):
-        assert sorted(p.name for p in out.glob(f"{folder}/*.parquet")) == sorted(
-            p.name for p in reference.glob(f"{folder}/*.parquet")
-        )
-        for path in reference.glob(f"{folder}/*.parquet"):
-            assert pq.read_table(out / folder / path.name).equals(pq.read_table(path)), path.name
-    one, two = (json.loads((folder / "summary.json").read_text()) for folder in (out, reference))
-    for timed in ("out", "model", "seconds", "seconds_by_part", "tokens_per_second", "estimation_share", "peak_mib"):
-        del one[timed], two[timed]
-    assert one == two
 
 
 def options_of(reference, method):
