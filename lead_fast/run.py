@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +49,8 @@ from lead_fast.utility import estimator_class
 
 logger = logging.getLogger(__name__)
 
+AnyConfig = TypeVar("AnyConfig", bound=PrepareConfig)
+
 SUMMARY_FILE, UTILITIES = "summary.json", "utilities"
 # What summary.json holds for the report, beside the flat summary.
 SUMMARY_DETAILS = ("evaluations", "utility", "arms", "sources", "warnings", "preparation")
@@ -74,6 +76,11 @@ def open_inputs(config: PrepareConfig) -> Prepared | Pool:
         if getattr(config, name) is None:
             raise ValueError(f"{name}: required")
     assert config.pool is not None and config.out is not None
+    if config.model is not None and (Path(config.model) / "adapter_config.json").exists():
+        raise ValueError(
+            f"model: expected a base model, got the adapter in {config.model}; merge it into its base first "
+            "(peft: merge_and_unload, save_pretrained)"
+        )
     if (Path(config.pool) / PREPARED_FILE).exists():
         prepared = load_prepared(Path(config.pool))
         if config.model is not None or config.model_config is not None:
@@ -94,7 +101,7 @@ def run_prepare(config: PrepareConfig, lead: LeadConfig) -> dict[str, Any]:
     Returns:
         A JSON summary.
     """
-    ranks = _start(config)
+    ranks, config = _start(config), with_absolute_paths(config)
     inputs = open_inputs(config)
     if isinstance(inputs, Prepared):
         raise ValueError(f"pool: {config.pool} is prepared already; give it to `lead-fast train`")
@@ -119,7 +126,7 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
         Interrupted: SIGINT or SIGTERM; a checkpoint is written.
     """
     start = time.monotonic()
-    ranks = _start(config)
+    ranks, config = _start(config), with_absolute_paths(config)
     seed_generators(lead.seed + ranks.number)
     for name in [lead.estimator, *(config.audited if config.audit_every else ())]:
         estimator_class(name)
@@ -127,7 +134,10 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
     if config.out is None:
         raise ValueError("out: required")
     folder = Path(config.out)
+    if config.resume and config.pool is None:
+        raise ValueError(f"resume: expected the folder of a run, got {folder}, which holds no {CONFIG_FILE}")
     if config.resume and (folder / SUMMARY_FILE).exists():
+        check_options(folder, config, lead)
         return finished_run(folder) if ranks.is_first else {}
     checkpoints = Checkpoints(folder / CHECKPOINTS)
     with StopSignals(several=ranks.world > 1) as stop:
@@ -141,9 +151,18 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
             return _train(inputs, heldout, config, lead, checkpoints, stop, start)
 
 
+def with_absolute_paths(config: AnyConfig) -> AnyConfig:
+    """The options with the paths that exist as they are from any folder: a run may be resumed from within its own."""
+    paths = {name: getattr(config, name, None) for name in ("model", "pool", "heldout")}
+    found = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None and Path(path).exists()}
+    return dataclasses.replace(config, **found)
+
+
 def _start(config: PrepareConfig) -> Ranks:
     """The processes of the run, set up as the launcher asked for."""
     accelerator = make_accelerator(config)
+    if accelerator.num_processes > 1:
+        logger.info("%d processes train together, by %s", accelerator.num_processes, accelerator.distributed_type.value)
     if config.threads is not None:
         torch.set_num_threads(config.threads)  # after accelerate, which sets its own for several processes
     return Ranks.started(accelerator.device)
@@ -238,7 +257,7 @@ def _train(
     with atomic_path(folder / "model", durable=True) if ranks.is_first else nullcontext() as temporary:
         save_model(optimization.bare, tokenizer, temporary)
     if ranks.is_first:
-        return write_results(folder, engine, run, prepared, checkpointer.seconds, first_utility)
+        return write_results(folder, engine, run, prepared, checkpointer.seconds, ranks.world, first_utility)
     return {}
 
 
@@ -252,8 +271,9 @@ def _auditable(config: TrainConfig, optimization: Optimization) -> TrainConfig:
 
 
 def write_results(
-    folder: Path, engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds: float, first_utility: np.ndarray
-) -> dict[str, Any]:
+    folder: Path, engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds: float, processes: int,
+    first_utility: np.ndarray,
+) -> dict[str, Any]:  # fmt: skip
     """selected.jsonl, summary.json and the report of a run that is finished.
 
     Returns:
@@ -262,7 +282,7 @@ def write_results(
     if run.cuts.prompts or run.cuts.answers:
         logger.warning("%s", run.cuts)
     write_jsonl(folder / "selected.jsonl", engine.selected(), durable=True)
-    summary = summarize(engine, run, prepared, seconds)
+    summary = summarize(engine, run, prepared, seconds, processes)
     summary = {"out": str(folder), "model": str(folder / "model"), **summary}
     write_json(folder / SUMMARY_FILE, summary | {
         "evaluations": run.evaluations,
@@ -361,11 +381,12 @@ def row_scorer(optimization: Optimization, encoder: ChatEncoder, pool: Pool, con
     return score
 
 
-def summarize(engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds: float) -> dict[str, Any]:
+def summarize(engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds: float, processes: int) -> dict[str, Any]:
     """What a run did, in one flat JSON object."""
     rewards = [r["reward"] for r in run.rounds if r["reward"] is not None]
     summary: dict[str, Any] = {
         "preset": engine.config.preset,
+        "processes": processes,
         "rounds": engine.num_rounds,
         "rows": engine.num_used,
         "budget": engine.budget,

@@ -138,6 +138,12 @@ def test_other_settings_run_to_the_end(options, pool, tmp_path, capfd):
     assert summary["rows"] == 24 and (out / "model").is_dir()
 
 
+def test_an_adapter_is_no_base_model(run, pool, tmp_path, capfd):
+    """peft would put new adapters beside it and lose what it has learned."""
+    assert main(["train", "--model", str(run / "model"), "--pool", str(pool), "--out", str(tmp_path / "out")]) == 1
+    assert "model: expected a base model, got the adapter in" in capfd.readouterr().err
+
+
 def test_yaml_and_command_line_agree(pool, tmp_path, capfd):
     (tmp_path / "c.yaml").write_text(f"pool: {pool}\nmodel_config: tiny\nnum-arms: 3\nbudget: 0.02\nnonsense: 1\n")
     assert main(["train", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out")]) == 1

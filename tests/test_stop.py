@@ -331,3 +331,34 @@ def test_rounds_do_not_depend_on_which_stages_ran_before(reference, tmp_path):
     shutil.copytree(out / "prepared", again / "prepared")
     assert main(["train", *options, "--out", str(again), "--resume"]) == 0
     assert_same_run(again, out)
+
+
+def test_a_run_resumes_within_its_folder_whatever_paths_it_was_given(runs, reference, tmp_path, monkeypatch):
+    options, expected = reference("lora")
+    relative = [os.path.relpath(option, tmp_path) if option.startswith(str(reference.folder)) else option for option in options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LEAD_FAST_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "lead_fast"]
+    process = subprocess.Popen([*command, *relative, "--out", "run"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60.0
+    while not list((tmp_path / "run").glob("checkpoints/step-*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    done = subprocess.run(
+        [*command, "train", "--resume"], cwd=tmp_path / "run", env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_a_finished_run_refuses_other_options_too(reference, tmp_path, capfd):
+    options, out = reference("lora")
+    assert main([*options, "--out", str(out), "--resume"]) == 0
+    assert main([*options, "--out", str(out), "--resume", "--budget", "25"]) == 1
+    assert "resume: budget (began with 24, got 25)" in capfd.readouterr().err
+
+
+def test_resuming_where_no_run_is_says_so(tmp_path, capfd):
+    assert main(["train", "--resume", "--out", str(tmp_path / "nothere")]) == 1
+    assert "resume: expected the folder of a run" in capfd.readouterr().err
