@@ -36,7 +36,7 @@ TORCH_MINIMUM = (2, 10)
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: one binary for it and everything later
 DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0+PTX")
 CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{CSRC}")
-# Row kernels may fuse a product and a sum; everything else rounds each, as its PyTorch twin does on every machine.
+# The vector kernels may fuse a product and a sum; everything else rounds each, as its PyTorch twin does on every machine.
 UNFUSED = "-ffp-contract=off"
 NVCC_FLAGS = (
     *("-O3", "-std=c++17", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"),
@@ -256,7 +256,7 @@ def compile_source(library: Library, source: Path) -> Path:
         return target
     say(f"compiling {source.relative_to(ROOT)}")
     target.unlink(missing_ok=True)
-    rounding = [UNFUSED] if source.suffix == ".cpp" and not source.name.startswith("row_kernels") else []
+    rounding = [UNFUSED] if source.suffix == ".cpp" and not source.name.startswith("kernels_") else []
     run([*library.compile, *rounding, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(target)])
     return target
 

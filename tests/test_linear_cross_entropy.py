@@ -116,10 +116,26 @@ def test_token_weights_index_and_num_items(backend: tuple[str, str], reduction: 
         pytest.param((60, 31, 33), 40, 61, id="samples-shorter-and-longer-than-the-width"),
         pytest.param((300, 5, 290), 288, 67, id="gram-over-a-tile"),
         pytest.param((600, 2), 270, 50, id="outer-product-over-a-tile-and-several-chunks"),
+        pytest.param((33, 7), 1289, 200, id="products-of-three-parts"),
     ],
 )
 def test_shapes(backend: tuple[str, str], lengths: tuple[int, ...], width: int, vocab: int) -> None:
     check(make_case(lengths, width, vocab, ignored=0.2 if sum(lengths) > 1 else 0.0), backend)
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend.id == "cpp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_share_the_vocabulary(backend: tuple[str, str], dtype: torch.dtype, threads: int) -> None:
+    """Whichever thread has a token's label, or all of its probability; the last thread's rows end inside a tile."""
+    case = make_case((150, 130), width=49, vocab=1153, ignored=0.1, bias=True, dtype=dtype)
+    case = replace(case, hidden=case.hidden + 3 * case.weight[case.labels.clamp(min=0)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(case, backend)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -254,7 +270,7 @@ def test_cpp_agrees_with_the_reference(
 def test_other_instruction_sets(instruction_set: str) -> None:
     """The kernels that this CPU does not choose by itself, in a process of their own: the choice is made once."""
     environment = {**os.environ, "LEAD_FAST_CPU": instruction_set}
-    selected = "cpp and (test_cap_and_scale or test_a_cap_that_every_logit_has_reached or test_shapes)"
+    selected = "cpp and (test_cap_and_scale or test_a_cap_that_every_logit_has_reached or test_shapes or test_threads)"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selected]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:]

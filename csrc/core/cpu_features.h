@@ -1,10 +1,6 @@
 // The instruction sets of the machine the program runs on, found at run time: one binary serves every CPU.
 #pragma once
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include <string>
 #include <vector>
 
@@ -15,7 +11,6 @@ struct CpuFeatures {
   bool avx512 = false;  // F, BW, DQ and VL: what the AVX-512 kernels use
   bool avx512_bf16 = false;
   bool neon = false;
-  bool amd_wide = false;  // AMD with vector units of the full 512 bits (family 1Ah, Zen 5), which MKL leaves half idle
 };
 
 inline const CpuFeatures& cpu_features() {
@@ -27,10 +22,6 @@ inline const CpuFeatures& cpu_features() {
     features.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     features.avx512_bf16 = features.avx512 && __builtin_cpu_supports("avx512bf16");
-    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    if (features.avx512 && __builtin_cpu_is("amd") && __get_cpuid(1, &eax, &ebx, &ecx, &edx)) {
-      features.amd_wide = ((eax >> 8) & 0xf) + ((eax >> 20) & 0xff) >= 0x1a;
-    }
 #elif defined(__aarch64__)
     features.neon = true;
 #endif

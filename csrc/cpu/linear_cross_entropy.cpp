@@ -1,32 +1,26 @@
 // lead_fast::linear_cross_entropy.cpp for CPU tensors: the contract is in lead_fast/reference.py, the schema in
 // lead_fast/ops.py.
 //
-// Supervised tokens are gathered first, so that ignored ones cost nothing, and go through in chunks:
-//   a = h W^T              product, [rows, V]; in bf16 with the bias
-//   a <- d nll / d a       row_kernels.h, in place
-//   d = a W                product
-//   dW += a^T (scale * h)  product, only with a trained head
-// The logits of one chunk are all that is ever held.
-//
-// The floor at (T, H, V) = (2048, 576, 49152) in fp32: two products of 116 GFLOP; 16 chunks that each read W (113 MB)
-// twice, 3.6 GB; and 4 passes over 403 MB of logits (written, read and written by the row kernel, read), which meet
-// main memory only where a chunk outgrows the last-level cache. The row kernel takes two exponentials a logit.
+// Supervised tokens are gathered first, so that ignored ones cost nothing. Their losses and gradients come from
+// tiled_loss.cpp in fp32, and from product_loss.cpp in bf16 and on CPUs without tile kernels; the samples' statistics
+// are made of them here.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "core/cpu_features.h"
 #include "cpu/grad_norm.h"
-#include "cpu/matmul.h"
+#include "cpu/loss_results.h"
+#include "cpu/product_loss.h"
 #include "cpu/row_kernels.h"
 #include "cpu/supervised_tokens.h"
+#include "cpu/tile_kernels.h"
+#include "cpu/tiled_loss.h"
 #include "ops/linear_cross_entropy.h"
 
 namespace {
@@ -34,7 +28,7 @@ namespace {
 using lead_fast::StatsLevel;
 using lead_fast::cpu::grain;
 using lead_fast::cpu::LogitMap;
-using lead_fast::cpu::Matrix;
+using lead_fast::cpu::LossResults;
 using lead_fast::cpu::StoredRows;
 using lead_fast::cpu::SupervisedTokens;
 using torch::headeronly::ScalarType;
@@ -42,14 +36,6 @@ using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-// Rows of a chunk. Logits of 24 MiB stay in a server's last-level cache and in memory that malloc keeps; where that
-// would be fewer than 128 rows, too few for a product that reads all of W, 192 rows go through main memory. Measured on
-// Zen 5.
-int64_t chunk_rows(int64_t vocab, int64_t bytes) {
-  const int64_t rows = (int64_t{24} << 20) / (vocab * bytes) / 16 * 16;
-  return rows < 128 ? 192 : std::min<int64_t>(rows, 512);
-}
 
 std::vector<int64_t> to_vector(const Tensor& integers) {
   const Tensor wide = torch::stable::contiguous(torch::stable::to(integers, ScalarType::Long));
@@ -62,125 +48,6 @@ void check_covers(const std::vector<int64_t>& cu_seqlens, int64_t tokens) {
       cu_seqlens.front() == 0 && cu_seqlens.back() == tokens && std::is_sorted(cu_seqlens.begin(), cu_seqlens.end()),
       "linear_cross_entropy: `cu_seqlens` must be [S + 1] from 0 to ", tokens, ", not decreasing");
 }
-
-// What the chunks leave behind: per-token results and the gradients that were asked for (null otherwise).
-template <class Stored>
-struct Results {
-  std::vector<float> nll, logit_grad_sq;
-  Stored* d_hidden = nullptr;  // [M, H]
-  float* d_weight = nullptr;   // [V, H]
-  float* d_bias = nullptr;     // [V]
-};
-
-template <class Stored>
-class Chunks {
- public:
-  Chunks(Stored* hidden, Stored* weight, Stored* bias, int64_t width, ScalarType dtype, const LogitMap& map,
-         const SupervisedTokens& tokens, const StoredRows<Stored>& rows, Results<Stored>& results)
-      : hidden_(hidden),
-        bias_(bias),
-        width_(width),
-        dtype_(dtype),
-        map_(map),
-        tokens_(tokens),
-        rows_(rows),
-        results_(results),
-        weight_{weight, dtype, map.vocab, width, width} {
-    results_.nll.resize(tokens.size());
-    results_.logit_grad_sq.resize(tokens.size());
-  }
-
-  void run(bool gradient) {
-    const int64_t step = chunk_rows(map_.vocab, sizeof(Stored));
-    for (int64_t begin = 0; begin < tokens_.size(); begin += step) {
-      const int64_t end = std::min(begin + step, tokens_.size());
-      const Matrix h = {hidden_ + begin * width_, dtype_, end - begin, width_, width_};
-      const Matrix bias = {bias_, dtype_, h.rows, map_.vocab, 0};
-      const Tensor logits = lead_fast::cpu::linear(h, weight_, logits_scratch_, bias_ == nullptr ? nullptr : &bias);
-      const Matrix a = {logits.data_ptr(), dtype_, h.rows, map_.vocab, map_.vocab};
-      loss_and_gradient(a, begin, gradient);
-      if (results_.d_hidden != nullptr) {
-        const Tensor d = lead_fast::cpu::linear(a, weight_.t(), d_scratch_);
-        std::memcpy(results_.d_hidden + begin * width_, d.data_ptr(), h.rows * width_ * sizeof(Stored));
-      }
-      if (results_.d_bias != nullptr) add_bias_grad(a, begin);
-      if (results_.d_weight != nullptr) add_weight_grad(a, h, begin);
-    }
-  }
-
- private:
-  Stored* row(const Matrix& a, int64_t r) const { return static_cast<Stored*>(a.data) + r * a.row_stride; }
-
-  void loss_and_gradient(const Matrix& a, int64_t first, bool gradient) {
-    parallel_for(0, a.rows, grain(map_.vocab), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const int64_t label = tokens_.label[first + r];
-        // All bits set is a NaN in fp32 and in bf16: one makes the loss and the whole gradient of its row NaN.
-        if (label < 0) std::memset(row(a, r), 0xff, sizeof(Stored));
-        const auto loss = rows_.loss(row(a, r), std::max<int64_t>(label, 0), map_, gradient);
-        results_.nll[first + r] = loss.nll;
-        results_.logit_grad_sq[first + r] = loss.logit_grad_sq;
-      }
-    });
-  }
-
-  void add_bias_grad(const Matrix& a, int64_t first) {
-    parallel_for(0, map_.vocab, 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t r = 0; r < a.rows; ++r) {
-        const float scale = tokens_.scale[first + r];
-        if (scale != 0) rows_.add(row(a, r) + begin, scale, results_.d_bias + begin, end - begin);
-      }
-    });
-  }
-
-  // The scales go to h, which is smaller than `a`; a row of scale 0 is cleared on both sides, since 0 * NaN is NaN.
-  // `a` is not needed any more. In fp32 also for bf16, whose products torch would round before they are summed, by
-  // column tiles that stay in the cache.
-  void add_weight_grad(const Matrix& a, const Matrix& h, int64_t first) {
-    constexpr int64_t tile = 4096;
-    float* scaled_rows = lead_fast::cpu::reserve(scaled_, a.rows * width_);
-    const Matrix scaled = {scaled_rows, ScalarType::Float, a.rows, width_, width_};
-    for (int64_t r = 0; r < a.rows; ++r) {
-      rows_.scale_to_f32(row(h, r), tokens_.scale[first + r], scaled_rows + r * width_, width_);
-      if (tokens_.scale[first + r] == 0) std::memset(row(a, r), 0, map_.vocab * sizeof(Stored));
-    }
-    if (dtype_ == ScalarType::Float) return add_product(a, scaled, 0);
-    float* column_rows = lead_fast::cpu::reserve(columns_, a.rows * std::min(tile, map_.vocab));
-    for (int64_t v = 0; v < map_.vocab; v += tile) {
-      const int64_t cols = std::min(tile, map_.vocab - v);
-      parallel_for(0, a.rows, grain(cols), [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) rows_.scale_to_f32(row(a, r) + v, 1, column_rows + r * cols, cols);
-      });
-      add_product({column_rows, ScalarType::Float, a.rows, cols, cols}, scaled, v);
-    }
-  }
-
-  // dW[v : v + columns.cols] += columns^T scaled
-  void add_product(const Matrix& columns, const Matrix& scaled, int64_t v) {
-    float* to = results_.d_weight + v * width_;
-    if (!lead_fast::cpu_features().amd_wide) {
-      return lead_fast::cpu::multiply_add(columns.t(), scaled, {to, ScalarType::Float, columns.cols, width_, width_});
-    }
-    // There the detour through oneDNN is the faster way, a copy and a sum included.
-    const Tensor product = lead_fast::cpu::linear(columns.t(), scaled.t(), product_scratch_);
-    const float* from = product.const_data_ptr<float>();
-    parallel_for(0, columns.cols, grain(width_), [&](int64_t begin, int64_t end) {
-      const auto add = lead_fast::cpu::row_kernels().f32.add;
-      add(from + begin * width_, 1, to + begin * width_, (end - begin) * width_);
-    });
-  }
-
-  Stored* hidden_;
-  Stored* bias_;
-  int64_t width_;
-  ScalarType dtype_;
-  LogitMap map_;
-  const SupervisedTokens& tokens_;
-  const StoredRows<Stored>& rows_;
-  Results<Stored>& results_;
-  Matrix weight_;
-  std::optional<Tensor> logits_scratch_, d_scratch_, product_scratch_, scaled_, columns_;
-};
 
 Tensor to_fp32(const Tensor& t) {
   return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
@@ -224,6 +91,22 @@ Tensor sample_stats(const SupervisedTokens& tokens, const std::vector<int64_t>& 
   return stats;
 }
 
+void losses_and_gradients(float* hidden, float* weight, float* bias, int64_t width, const LogitMap& map,
+                          const SupervisedTokens& tokens, const StoredRows<float>& rows, bool gradient,
+                          LossResults<float>& results) {
+  if (const auto* tiles = lead_fast::cpu::tile_kernels()) {
+    lead_fast::cpu::tiled_loss(hidden, weight, width, map, tokens, *tiles, gradient, results);
+  } else {
+    lead_fast::cpu::product_loss(hidden, weight, bias, width, map, tokens, rows, gradient, results);
+  }
+}
+
+void losses_and_gradients(uint16_t* hidden, uint16_t* weight, uint16_t* bias, int64_t width, const LogitMap& map,
+                          const SupervisedTokens& tokens, const StoredRows<uint16_t>& rows, bool gradient,
+                          LossResults<uint16_t>& results) {
+  lead_fast::cpu::product_loss(hidden, weight, bias, width, map, tokens, rows, gradient, results);
+}
+
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Stored>
@@ -241,15 +124,15 @@ Outputs forward(const Tensor& hidden, const Tensor& weight, void* product_bias, 
       zeros(weight_grad ? std::vector{map.vocab, width} : std::vector<int64_t>{0}, ScalarType::Float);
   const Tensor d_bias = zeros({bias_grad ? map.vocab : 0}, ScalarType::Float);
 
-  Results<Stored> results;
+  LossResults<Stored> results(tokens.size());
   if (needs_d) results.d_hidden = static_cast<Stored*>(d_rows.mutable_data_ptr());
   if (weight_grad) results.d_weight = d_weight.mutable_data_ptr<float>();
   if (bias_grad) results.d_bias = d_bias.mutable_data_ptr<float>();
   auto* h = static_cast<Stored*>(supervised.mutable_data_ptr());
   auto* w = static_cast<Stored*>(weight.mutable_data_ptr());
   auto* b = static_cast<Stored*>(product_bias);
-  Chunks<Stored>(h, w, b, width, hidden.scalar_type(), map, tokens, rows, results)
-      .run(needs_d || weight_grad || bias_grad);
+  const bool gradient = needs_d || weight_grad || bias_grad;
+  losses_and_gradients(h, w, b, width, map, tokens, rows, gradient, results);
 
   const Tensor nll = zeros({num_tokens}, ScalarType::Float), loss = zeros({}, ScalarType::Float);
   double total = 0;

@@ -20,19 +20,16 @@ struct Matrix {
   Matrix t() const { return {data, dtype, cols, rows, col_stride, row_stride}; }
 };
 
-// At least `numel` fp32 values in `buffer`, aligned as torch aligns: where memory lies changes the bits of some
-// products.
+// At least so many bytes, or fp32 values, in `buffer`, aligned as torch aligns: where memory lies changes the bits of
+// some products. In huge pages where it is large enough for them: fresh memory of 50 MB costs 12,000 page faults
+// otherwise.
+void* reserve_bytes(std::optional<Tensor>& buffer, int64_t bytes);
 float* reserve(std::optional<Tensor>& buffer, int64_t numel);
 
-// out = a b
-void multiply(const Matrix& a, const Matrix& b, const Matrix& out);
+// out = a b + bias; `bias` is of the shape of `out` with row_stride 0, or null; the sum is rounded once.
+void multiply(const Matrix& a, const Matrix& b, const Matrix& out, const Matrix* bias = nullptr);
 
-// out += a b, fp32, by torch.mm's library: no copy of a transposed operand, no scratch.
+// out += a b, fp32: no copy of a transposed operand, no scratch.
 void multiply_add(const Matrix& a, const Matrix& b, const Matrix& out);
-
-// a w^T + bias, contiguous: a new tensor, or made in `scratch` (grown as needed, to be passed again) where torch can
-// write there. `bias` is [a.rows, w.rows] with row_stride 0, or null; the sum is rounded once. fp32 without a bias goes
-// through oneDNN on AVX-512: MKL, which serves torch.mm, runs at half its speed on Zen 5 (and level with it on Zen 4).
-Tensor linear(const Matrix& a, const Matrix& w, std::optional<Tensor>& scratch, const Matrix* bias = nullptr);
 
 }  // namespace lead_fast::cpu

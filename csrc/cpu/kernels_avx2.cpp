@@ -1,8 +1,10 @@
-// The row kernels for AVX2.
+// The row and tile kernels for AVX2.
 #if defined(__x86_64__)
 #include <math.h>
+#include <stdint.h>
 #include <string.h>
 #include "cpu/row_kernels.h"
+#include "cpu/tile_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -12,7 +14,9 @@
 #endif
 #define LEAD_FAST_VECTOR_WIDTH 8
 #define LEAD_FAST_ROW_KERNELS row_kernels_avx2
+#define LEAD_FAST_TILE_KERNELS tile_kernels_avx2
 #include "cpu/row_kernels_impl.h"
+#include "cpu/tile_kernels_impl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -1,0 +1,78 @@
+// The fused loss in fp32, by tiles: what a thread does with its rows of the head, a "slab" of the vocabulary.
+//
+// Tokens are the vector lanes. A chunk of tokens is kept in panels, [panels, H, lanes] for the hidden states and
+// [panels, V, lanes] for the logits, so that both products
+//   a [v, t]  = sum_h W [v, h] hidden [h, t]
+//   d [h, t] += sum_v W [v, h] (d nll / d a) [v, t]
+// read the head as it lies in memory, one value for all lanes of a panel, and the softmax over the vocabulary needs no
+// sum across lanes. What a product has just made is used while it is in the cache: the logits enter their softmax by
+// blocks of kSoftmaxRows, and become gradients by blocks of kGradientRows right before the second product reads them.
+//
+// One source (tile_kernels_impl.h) is compiled for each instruction set that gains by it.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/row_kernels.h"
+
+namespace lead_fast::cpu {
+
+constexpr int64_t kGradientRows = 192;  // a slab begins at a multiple of it
+constexpr int64_t kMostTokens = 256;    // of a chunk: of 576 values each, they fill half of a 1 MiB L2
+
+// Rows of a panel are allocated in multiples of 24, which the tiles of every instruction set divide.
+constexpr int64_t padded_rows(int64_t rows) { return (rows + 23) / 24 * 24; }
+
+// Token t is lane t % lanes of panel t / lanes. The last panel's lanes beyond the chunk are tokens without a label.
+struct TokenPanels {
+  int64_t panels, width;  // width: H
+  LogitMap map;
+  const float* weight;   // [V, H]
+  const float* hidden;   // [panels, padded_rows(H), lanes], zeros in the padding
+  const int32_t* label;  // [panels * lanes], -1: none
+  float* logits;         // [panels, padded_rows(V), lanes]: a, then d nll / d a
+};
+
+// One slab's share of the tokens' softmax, [panels * lanes] each.
+struct SlabSoftmax {
+  float* max;          // of the logits but the label's; -inf to begin with
+  double* others;      // their sum of exp(z - max); 0 to begin with
+  float* label_logit;  // set by the slab that has the label
+};
+
+// The whole softmax, [panels * lanes] each: p_v = exp(z_v - max) * inverse but at the label, p - 1 = label_grad there.
+struct TokenSoftmax {
+  const float *max, *inverse, *label_grad;
+};
+
+// What a slab adds to; null where not asked for.
+struct SlabGradients {
+  double* squares;      // [panels * lanes]: sum of p_v^2 but the label's
+  float* d_hidden;      // [panels, padded_rows(H), lanes]: this slab's own part
+  const float* scaled;  // scaled_columns.h
+  const float* scale;   // [panels * lanes]; a token of scale 0 adds nothing below, whatever its gradient is
+  float* d_weight;      // [V, H]
+  float* d_bias;        // [V]
+};
+
+struct TileKernels {
+  int64_t lanes;
+  // Rows [begin, end) of the head: logits, and their share of the softmax.
+  void (*logits)(const TokenPanels& tokens, int64_t begin, int64_t end, const SlabSoftmax& softmax);
+  // The logits of rows [begin, end) become d nll / d a, and enter the gradients.
+  void (*gradients)(const TokenPanels& tokens, int64_t begin, int64_t end, const TokenSoftmax& softmax,
+                    const SlabGradients& to);
+  // d_weight [rows, width] += the product of gradients [panels, stride, lanes], of which `rows` count, and `scaled`, as
+  // in SlabGradients.
+  void (*add_weight_grad)(const float* gradients, int64_t stride, int64_t panels, int64_t rows, const float* scaled,
+                          const float* scale, int64_t width, float* d_weight);
+};
+
+extern const TileKernels tile_kernels_avx512;
+extern const TileKernels tile_kernels_avx2;
+
+// Of the same instruction set as row_kernels(); null where that is the portable one, whose tiles torch's products
+// outrun.
+const TileKernels* tile_kernels();
+
+}  // namespace lead_fast::cpu

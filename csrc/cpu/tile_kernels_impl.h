@@ -1,0 +1,305 @@
+// The tile kernels, written once for every instruction set (vector.h); the including file sets LEAD_FAST_TILE_KERNELS,
+// the table's name.
+//
+// Bytes and flops at (2048, 576, 49152): a tile's inner loop is 24 multiply-adds of a vector for 2 loads and 12
+// broadcasts, bound by the multipliers; W (113 MB) comes from memory twice a chunk of 256 tokens, 1.8 GB in all,
+// fetched ahead by the tiles themselves; the chunk's logits (50 MB) are written once and read once.
+#pragma once
+
+#include "cpu/tile_kernels.h"
+#include "cpu/vector.h"
+
+namespace lead_fast::cpu {
+namespace {
+
+constexpr int64_t kLanes = 2 * kWidth;
+constexpr int kTileRows = kWidth == 16 ? 12 : 6;  // two vectors of sums a row fill the registers
+constexpr int kUnroll = 8;
+constexpr int64_t kSoftmaxRows = 96;
+constexpr int64_t kGroupColumns = 48;            // of W in d_hidden's tiles: whole cache lines
+constexpr int64_t kMostDepth = 640;              // of a product's sums before they go to memory
+constexpr int64_t kRowStride = kMostDepth + 16;  // of a tile's rows in the buffer: not in the same cache set
+
+static_assert(24 % kTileRows == 0 && kSoftmaxRows % 24 == 0 && kGradientRows % 24 == 0);
+static_assert(kMostTokens <= kMostDepth && kGradientRows % kUnroll == 0 && 24 % kUnroll == 0);
+
+constexpr int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Memory that later tiles read, fetched while this one is computed: two lines every kUnroll steps.
+struct Ahead {
+  const char *first, *second;
+  int64_t first_step, second_step;  // bytes
+};
+
+inline const char* bytes(const float* p) { return reinterpret_cast<const char*>(p); }
+
+// c [kTileRows, kLanes] = or += sum over k < depth of a(i, k) b [k, kLanes], where a(i, k) is
+// a[i * kRow + k * kStep]. `depth` is a multiple of kUnroll.
+template <int kRow, int kStep, bool kAdd>
+__attribute__((noinline)) void multiply_tile(int64_t depth, const float* a, const float* b, float* c, int64_t c_stride,
+                                             const Ahead& ahead) {
+  const char *first = ahead.first, *second = ahead.second;
+  Floats sums[kTileRows][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < kTileRows; ++i) sums[i][0] = sums[i][1] = Floats{};
+  for (int64_t k = 0; k < depth; k += kUnroll) {
+    __builtin_prefetch(first, 0, 2);
+    __builtin_prefetch(second, 0, 2);
+    first += ahead.first_step;
+    second += ahead.second_step;
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnroll; ++u) {
+      const Floats left = load(b), right = load(b + kWidth);
+#pragma GCC unroll 12
+      for (int i = 0; i < kTileRows; ++i) {
+        const Floats value = broadcast(a[i * kRow + u * kStep]);
+        sums[i][0] += value * left;
+        sums[i][1] += value * right;
+      }
+      b += kLanes;
+    }
+    a += kUnroll * kStep;
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < kTileRows; ++i) {
+    float* row = c + i * c_stride;
+    store(row, kAdd ? load(row) + sums[i][0] : sums[i][0]);
+    store(row + kWidth, kAdd ? load(row + kWidth) + sums[i][1] : sums[i][1]);
+  }
+}
+
+inline bool is_identity(const LogitMap& map) {
+  return map.bias == nullptr && map.logit_scale == 1.0f && !(map.softcap > 0);
+}
+
+// Logits of one half of a panel's lanes for `rows` rows from `v`: in place, or in `buffer` where the map changes them;
+// with a cap and unless null also their derivatives dz/da in `slopes`.
+struct Column {
+  float* at;
+  int64_t stride;
+};
+
+inline Column to_logits(float* a, int64_t v, int64_t rows, const LogitMap& map, float* buffer, float* slopes) {
+  if (is_identity(map)) return {a, kLanes};
+  for (int64_t r = 0; r < rows; ++r) {
+    Floats z = load(a + r * kLanes);
+    if (map.bias != nullptr) z += map.bias[v + r];
+    z *= map.logit_scale;
+    Floats slope = broadcast(map.logit_scale);
+    if (map.softcap > 0) {
+      const TanhParts tanh = tanh_parts(z / map.softcap);
+      z = map.softcap * tanh.value;
+      slope *= tanh.slope;
+    }
+    store(buffer + r * kWidth, z);
+    if (slopes != nullptr) store(slopes + r * kWidth, slope);
+  }
+  return {buffer, kWidth};
+}
+
+void add_to_softmax(float* a, int64_t v, int64_t rows, const int32_t* label, const LogitMap& map, float* max,
+                    double* others, float* label_logit) {
+  alignas(64) float buffer[kSoftmaxRows * kWidth];
+  const Column z = to_logits(a, v, rows, map, buffer, nullptr);
+  for (int lane = 0; lane < kWidth; ++lane) {
+    if (v <= label[lane] && label[lane] < v + rows) {
+      float& logit = z.at[(label[lane] - v) * z.stride + lane];
+      label_logit[lane] = logit;
+      logit = -INFINITY;
+    }
+  }
+  const Floats before = load(max);
+  Floats largest = before;
+  for (int64_t r = 0; r < rows; ++r) {
+    const Floats x = load(z.at + r * z.stride);
+    largest = x > largest ? x : largest;
+  }
+  const Floats shift = largest == -INFINITY ? Floats{} : largest;
+  Floats sums{};
+  for (int64_t r = 0; r < rows; ++r) sums += exp_nonpositive(load(z.at + r * z.stride) - shift);
+  const Floats factor = exp_nonpositive(before - shift);
+  for (int lane = 0; lane < kWidth; ++lane) others[lane] = others[lane] * factor[lane] + sums[lane];
+  store(max, largest);
+}
+
+void to_gradients(float* a, int64_t v, int64_t rows, const int32_t* label, const LogitMap& map, const float* max,
+                  const float* inverse, const float* label_grad, double* squares) {
+  alignas(64) float buffer[kGradientRows * kWidth], slopes[kGradientRows * kWidth];
+  const Column z = to_logits(a, v, rows, map, buffer, slopes);
+  const bool identity = is_identity(map);
+  const auto labelled = [&](int lane) { return v <= label[lane] && label[lane] < v + rows; };
+  for (int lane = 0; lane < kWidth; ++lane) {
+    if (labelled(lane)) z.at[(label[lane] - v) * z.stride + lane] = -INFINITY;
+  }
+  const Floats top = load(max), over_total = load(inverse);
+  Floats sums{};
+  for (int64_t r = 0; r < rows; ++r) {
+    const Floats p = exp_nonpositive(load(z.at + r * z.stride) - top) * over_total;
+    sums += p * p;
+    store(a + r * kLanes, identity ? p : p * load(slopes + r * kWidth));
+  }
+  for (int lane = 0; lane < kWidth; ++lane) {
+    squares[lane] += sums[lane];
+    if (!labelled(lane)) continue;
+    const int64_t r = label[lane] - v;
+    a[r * kLanes + lane] = identity ? label_grad[lane] : label_grad[lane] * slopes[r * kWidth + lane];
+  }
+}
+
+// tile [kTileRows, kRowStride] = from [rows, depth], zeros beyond.
+inline void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t depth, float* tile) {
+  for (int64_t i = 0; i < kTileRows; ++i) {
+    const int64_t n = i < rows ? depth : 0;
+    memcpy(tile + i * kRowStride, from + i * stride, n * sizeof(float));
+    memset(tile + i * kRowStride + n, 0, (rounded_up(depth, kUnroll) - n) * sizeof(float));
+  }
+}
+
+// tiles [kGroupColumns / kTileRows, depth, kTileRows] = from [rows, columns], zeros beyond; whole cache lines are read.
+inline void copy_columns(const float* from, int64_t stride, int64_t rows, int64_t columns, int64_t depth,
+                         float* tiles) {
+  memset(tiles, 0, (columns < kGroupColumns || rows < depth ? kGroupColumns * depth : 0) * sizeof(float));
+  for (int64_t k = 0; k < rows; ++k) {
+    for (int64_t c = 0; c < columns; c += kTileRows) {
+      float* to = tiles + c * depth + k * kTileRows;
+      if (columns - c >= kTileRows) {
+        memcpy(to, from + k * stride + c, kTileRows * sizeof(float));
+      } else {
+        memcpy(to, from + k * stride + c, (columns - c) * sizeof(float));
+      }
+    }
+  }
+}
+
+inline float* logit_rows(const TokenPanels& tokens, int64_t panel, int64_t v) {
+  return tokens.logits + (panel * padded_rows(tokens.map.vocab) + v) * kLanes;
+}
+
+void logits(const TokenPanels& tokens, int64_t begin, int64_t end, const SlabSoftmax& softmax) {
+  alignas(64) float tile[kTileRows * kRowStride];
+  const int64_t width = tokens.width, parts = (width + kMostDepth - 1) / kMostDepth;
+  const int64_t depth = rounded_up((width + parts - 1) / parts, kUnroll);
+  for (int64_t v = begin; v < end; v += kSoftmaxRows) {
+    const int64_t rows = smaller(kSoftmaxRows, end - v);
+    for (int64_t h = 0; h < width; h += depth) {
+      const int64_t n = smaller(depth, width - h);
+      const auto multiply = h == 0 ? multiply_tile<kRowStride, 1, false> : multiply_tile<kRowStride, 1, true>;
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        const float* from = tokens.weight + (v + r) * width + h;
+        copy_rows(from, width, smaller(kTileRows, rows - r), n, tile);
+        for (int64_t panel = 0; panel < tokens.panels; ++panel) {
+          // The next tile's rows, two a panel.
+          const float* next = from + (kTileRows + 2 * panel) * width;
+          multiply(rounded_up(n, kUnroll), tile, tokens.hidden + (panel * padded_rows(width) + h) * kLanes,
+                   logit_rows(tokens, panel, v + r), kLanes, {bytes(next), bytes(next + width), 32, 32});
+        }
+      }
+    }
+    for (int64_t panel = 0; panel < tokens.panels; ++panel) {
+      for (int64_t half = 0; half < kLanes; half += kWidth) {
+        const int64_t t = panel * kLanes + half;
+        add_to_softmax(logit_rows(tokens, panel, v) + half, v, rows, tokens.label + t, tokens.map, softmax.max + t,
+                       softmax.others + t, softmax.label_logit + t);
+      }
+    }
+  }
+}
+
+void add_hidden_grad(const TokenPanels& tokens, int64_t v, int64_t rows, float* d_hidden) {
+  alignas(64) float tiles[kGradientRows * kGroupColumns];
+  const int64_t width = tokens.width, depth = rounded_up(rows, kUnroll), steps = depth / kUnroll;
+  const int64_t panel_lines = kGradientRows * kLanes * sizeof(float) / 64;
+  for (int64_t group = 0; group < width; group += kGroupColumns) {
+    const float* from = tokens.weight + v * width + group;
+    const int64_t columns = smaller(kGroupColumns, width - group);
+    copy_columns(from, width, rows, columns, depth, tiles);
+    // The next group's lines; after the last group, the next block's first.
+    const float* next = group + columns < width ? from + kGroupColumns : tokens.weight + (v + rows) * width;
+    for (int64_t c = 0; c < columns; c += kTileRows) {
+      for (int64_t panel = 0; panel < tokens.panels; ++panel) {
+        // A tile fetches one line of each row, shared out among the panels, and for each panel some lines of its logits
+        // in the next block.
+        const int64_t line = smaller(c / kTileRows, kGroupColumns / 16 - 1);
+        const int64_t logits_line = smaller((group + c) / kTileRows * steps, panel_lines);
+        const Ahead ahead = {bytes(next + line * 16 + panel * steps * width),
+                             bytes(logit_rows(tokens, panel, v + rows)) + logits_line * 64,
+                             width * int64_t{sizeof(float)}, 64};
+        float* to = d_hidden + (panel * padded_rows(width) + group + c) * kLanes;
+        multiply_tile<1, kTileRows, true>(depth, tiles + c * depth, logit_rows(tokens, panel, v), to, kLanes, ahead);
+      }
+    }
+  }
+}
+
+void add_bias_grad(const TokenPanels& tokens, int64_t v, int64_t rows, const float* scale, float* d_bias) {
+  for (int64_t r = 0; r < rows; ++r) {
+    Floats sums{};
+    for (int64_t panel = 0; panel < tokens.panels; ++panel) {
+      for (int64_t half = 0; half < kLanes; half += kWidth) {
+        const Floats factor = load(scale + panel * kLanes + half);
+        const Floats gradient = load(logit_rows(tokens, panel, v + r) + half);
+        sums += factor == 0 ? Floats{} : factor * gradient;
+      }
+    }
+    d_bias[v + r] += sum(sums);
+  }
+}
+
+void add_weight_grad(const float* gradients, int64_t stride, int64_t panels, int64_t rows, const float* scaled,
+                     const float* scale, int64_t width, float* d_weight) {
+  alignas(64) float tile[kTileRows * kRowStride], edge[kTileRows * kLanes];
+  const int64_t tokens = panels * kLanes;
+  for (int64_t r = 0; r < rows; r += kTileRows) {
+    const int64_t tile_rows = smaller(kTileRows, rows - r);
+    for (int64_t t = 0; t < tokens; t += kWidth) {
+      const float* from = gradients + (t / kLanes * stride + r) * kLanes + t % kLanes;
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const Floats gradient = load(from + (i < tile_rows ? i : 0) * kLanes);
+        store(tile + i * kRowStride + t, load(scale + t) == 0 ? Floats{} : gradient);
+      }
+    }
+    for (int64_t h = 0; h < width; h += kLanes) {
+      float* to = d_weight + r * width + h;
+      const int64_t columns = smaller(kLanes, width - h), next_row = width * int64_t{sizeof(float)};
+      const Ahead ahead = {bytes(to + kLanes), bytes(to + kLanes + kWidth), next_row, next_row};
+      if (tile_rows == kTileRows && columns == kLanes) {
+        multiply_tile<kRowStride, 1, true>(tokens, tile, scaled + h * tokens, to, width, ahead);
+        continue;
+      }
+      multiply_tile<kRowStride, 1, false>(tokens, tile, scaled + h * tokens, edge, kLanes, ahead);
+      for (int64_t i = 0; i < tile_rows; ++i) {
+        for (int64_t c = 0; c < columns; ++c) to[i * width + c] += edge[i * kLanes + c];
+      }
+    }
+  }
+}
+
+void gradients(const TokenPanels& tokens, int64_t begin, int64_t end, const TokenSoftmax& softmax,
+               const SlabGradients& to) {
+  for (int64_t v = begin; v < end; v += kGradientRows) {
+    const int64_t rows = smaller(kGradientRows, end - v);
+    for (int64_t panel = 0; panel < tokens.panels; ++panel) {
+      float* a = logit_rows(tokens, panel, v);
+      for (int64_t half = 0; half < kLanes; half += kWidth) {
+        const int64_t t = panel * kLanes + half;
+        to_gradients(a + half, v, rows, tokens.label + t, tokens.map, softmax.max + t, softmax.inverse + t,
+                     softmax.label_grad + t, to.squares + t);
+      }
+      memset(a + rows * kLanes, 0, (rounded_up(rows, kUnroll) - rows) * kLanes * sizeof(float));
+    }
+    if (to.d_hidden != nullptr) add_hidden_grad(tokens, v, rows, to.d_hidden);
+    if (to.d_bias != nullptr) add_bias_grad(tokens, v, rows, to.scale, to.d_bias);
+    if (to.d_weight != nullptr) {
+      add_weight_grad(logit_rows(tokens, 0, v), padded_rows(tokens.map.vocab), tokens.panels, rows, to.scaled, to.scale,
+                      tokens.width, to.d_weight + v * tokens.width);
+    }
+  }
+}
+
+}  // namespace
+
+extern const TileKernels LEAD_FAST_TILE_KERNELS = {kLanes, logits, gradients, add_weight_grad};
+
+}  // namespace lead_fast::cpu
