@@ -158,7 +158,7 @@ def floor(case: Case) -> Call:
 
 
 def onednn_products(case: Case) -> Call:
-    """The two products as this package runs them in fp32: through oneDNN, 128 rows at a time."""
+    """The two products by the other library of torch's CPU builds, 128 rows at a time."""
     if case.trained or case.dtype != torch.float32 or case.device != "cpu" or not torch.backends.mkldnn.is_available():
         raise CannotRunError("fp32 on the CPU with a frozen head only")
     given = Inputs(case)
