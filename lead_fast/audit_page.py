@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def run_audit(run: str) -> dict[str, Any]:
     folder = Path(run)
     write_json(folder / "audit.json", report.to_dict())
     write_text(folder / "audit.html", audit_page(report))
-    print(report, end="\n\n", flush=True)
+    print(report, textwrap.fill(_HOW_TO_READ, 100), sep="\n\n", end="\n\n", flush=True)
     overall = [e for e in report.errors if e["source"] == "rescored" and e["slice"] == "all"]
     return {
         "audit": str(folder / "audit.html"),

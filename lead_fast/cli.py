@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -77,16 +79,18 @@ def make_configs(options: dict[str, Any], *configs: type) -> list[Any]:
     return [config(**{f.name: options[f.name] for f in dataclasses.fields(config) if f.name in options}) for config in configs]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole parser, and that of each command."""
     parser = argparse.ArgumentParser(
         prog="lead-fast",
         description="Chooses instruction-tuning samples while the model trains (LEAD, arXiv 2505.07437).",
     )
     parser.add_argument("--version", action="version", version=f"lead-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    of_command: dict[str, argparse.ArgumentParser] = {}
 
     def command(name: str, help: str, configs: Sequence[type] = ()) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
+        sub = of_command[name] = commands.add_parser(name, help=help, description=help)
         sub.add_argument("-v", "--verbose", action="store_true", default=False, help="log more")
         if configs:
             sub.add_argument("--config", metavar="FILE", help="YAML file with any of these options; the command line wins")
@@ -116,7 +120,19 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", "write report.html of a run again")
     report.add_argument("run", help="folder of a run")
     command("doctor", "what this machine will use, and what is missing")
-    return parser
+    return parser, of_command
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's arguments; an option that it does not have ends the program, with the nearest that it has."""
+    parser, of_command = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if not unknown:
+        return arguments
+    known = re.findall(r"--[\w-]+", of_command[arguments.command].format_usage())
+    near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"`lead-fast {arguments.command} --help` lists the options"
+    parser.exit(2, f"lead-fast {arguments.command}: error: unrecognized argument {unknown[0]}; {advice}\n")
 
 
 def _configs(arguments: argparse.Namespace, *configs: type) -> list[Any]:
@@ -176,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 for an error that the user can mend; 130 after Ctrl-C; 143 after SIGTERM.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     rank = int(os.environ.get("RANK") or 0)
     level = logging.DEBUG if arguments.verbose else logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(
@@ -205,7 +221,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     _leave_processes()
     if rank == 0:
-        print(json.dumps(summary))
+        try:
+            print(json.dumps(summary), flush=True)
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -30,7 +30,7 @@ def examine() -> dict[str, Any]:
     found: dict[str, Any] = {
         "lead_fast": __version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "device": _describe_device(device),
         "precision": precision,
         "attention": describe_attention(device, torch.bfloat16 if precision == "bf16" else torch.float32),
         "loss": loss,
@@ -42,6 +42,17 @@ def examine() -> dict[str, Any]:
             value = ", ".join(f"{k} {_say(v)}" for k, v in value.items())
         print(f"{name:<12} {value}")
     return found
+
+
+def made_with(device: torch.device, precision: str) -> dict[str, str]:
+    """What a run was made with, for its summary."""
+    packages = ("torch", "transformers", "peft", "accelerate")
+    versions = [f"lead-fast {__version__}", *(f"{name} {_version(name)}" for name in packages)]
+    return {"device": _describe_device(device), "precision": precision, "versions": ", ".join(versions)}
+
+
+def _describe_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 def _version(package: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from lead_fast.config import LeadConfig, TrainConfig, read_yaml
 from lead_fast.files import read_jsonl, write_text
 from lead_fast.page import COLORS, figure, page, paragraph, section, table
 
@@ -56,7 +58,7 @@ def write_run_report(run: str | Path) -> Path:
     cost = [_cost_table(summary)]
     if rounds:
         cost.append(figure(lambda ax: _plot_time(ax, rounds), "What the time of each round went into."))
-    parts.append(section("Cost", *cost))
+    parts += [section("Cost", *cost), section("Setup", _setup_table(folder, summary))]
     path = folder / "report.html"
     write_text(path, page("LEAD run", parts))
     return path
@@ -211,6 +213,15 @@ def _arm_table(summary: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
             ]
         )
     return table(["arm (0 is the easiest)", "rows", "tasks", "mean difficulty", "rounds", "mean reward"], body)
+
+
+def _setup_table(folder: Path, summary: dict[str, Any]) -> str:
+    """What the run was made with, and the options that are not the defaults; config.yaml has all of them."""
+    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
+    defaults = {f.name: f.default for kind in (TrainConfig, LeadConfig) for f in dataclasses.fields(kind)}
+    chosen = {name: value for name, value in config.items() if value != defaults.get(name) and name not in ("out", "resume")}
+    made_with = {name: summary[name] for name in ("processes", "device", "precision", "versions") if name in summary}
+    return table(["option", "value"], [[name.replace("_", " "), str(value)] for name, value in (chosen | made_with).items()])
 
 
 def _source_table(sources: list[dict[str, Any]]) -> str:

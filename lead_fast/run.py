@@ -19,6 +19,7 @@ from lead_fast.audit import AUDIT_FOLDER
 from lead_fast.auditor import Auditor, Scorer
 from lead_fast.checkpoint import FOREIGN, Checkpoint, Checkpoints
 from lead_fast.config import LeadConfig, PrepareConfig, TrainConfig, to_yaml
+from lead_fast.doctor import made_with
 from lead_fast.engine import LeadEngine
 from lead_fast.files import atomic_path, remove_leftovers, write_json, write_jsonl, write_text
 from lead_fast.interrupts import StopSignals
@@ -257,7 +258,9 @@ def _train(
     with atomic_path(folder / "model", durable=True) if ranks.is_first else nullcontext() as temporary:
         save_model(optimization.bare, tokenizer, temporary)
     if ranks.is_first:
-        return write_results(folder, engine, run, prepared, checkpointer.seconds, ranks.world, first_utility)
+        precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+        machine = {"processes": ranks.world, **made_with(optimization.device, precision)}
+        return write_results(folder, engine, run, prepared, checkpointer.seconds, machine, first_utility)
     return {}
 
 
@@ -271,7 +274,7 @@ def _auditable(config: TrainConfig, optimization: Optimization) -> TrainConfig:
 
 
 def write_results(
-    folder: Path, engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds: float, processes: int,
+    folder: Path, engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds: float, machine: dict[str, Any],
     first_utility: np.ndarray,
 ) -> dict[str, Any]:  # fmt: skip
     """selected.jsonl, summary.json and the report of a run that is finished.
@@ -282,7 +285,7 @@ def write_results(
     if run.cuts.prompts or run.cuts.answers:
         logger.warning("%s", run.cuts)
     write_jsonl(folder / "selected.jsonl", engine.selected(), durable=True)
-    summary = summarize(engine, run, prepared, seconds, processes)
+    summary = summarize(engine, run, prepared, seconds) | machine
     summary = {"out": str(folder), "model": str(folder / "model"), **summary}
     write_json(folder / SUMMARY_FILE, summary | {
         "evaluations": run.evaluations,
@@ -381,12 +384,11 @@ def row_scorer(optimization: Optimization, encoder: ChatEncoder, pool: Pool, con
     return score
 
 
-def summarize(engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds: float, processes: int) -> dict[str, Any]:
+def summarize(engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds: float) -> dict[str, Any]:
     """What a run did, in one flat JSON object."""
     rewards = [r["reward"] for r in run.rounds if r["reward"] is not None]
     summary: dict[str, Any] = {
         "preset": engine.config.preset,
-        "processes": processes,
         "rounds": engine.num_rounds,
         "rows": engine.num_used,
         "budget": engine.budget,

@@ -249,6 +249,7 @@ def test_the_command_prints_a_table_and_writes_a_page(runs, capfd):
     assert main(["audit", str(run)]) == 0
     printed = capfd.readouterr().out.splitlines()
     summary, report = json.loads(printed[-1]), lf.audit(run)
+    assert any(line.startswith("MAE and bias (predicted minus true) in nats") for line in printed)
     for estimator in ESTIMATORS:
         mae = report.find("rescored", "untouched", estimator)["mae"]
         assert any(re.match(rf"all +{estimator} .* {mae:.4f} ", line) for line in printed)

@@ -56,6 +56,27 @@ def run(pool, heldout, tmp_path_factory):
     return out
 
 
+def test_the_report_says_what_the_run_was_made_with(run):
+    html = (run / "report.html").read_text()
+    setup = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", html[html.index("<h2>Setup</h2>") :]))
+    assert setup["model config"] == "tiny" and setup["budget"] == "24" and setup["processes"] == "1"
+    assert setup["precision"] == "fp32" and setup["device"].startswith("cpu")
+    assert f"torch {torch.__version__}" in setup["versions"] and "gamma" not in setup  # left at its default
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--bugdet", "3"], "lead-fast train: error: unrecognized argument --bugdet; did you mean --budget?"),
+        (["report", "run", "--x=1"], "lead-fast report: error: unrecognized argument --x=1; `lead-fast report --help`"),
+    ],
+)
+def test_an_unknown_option_is_answered_by_its_command(arguments, message, capfd):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and capfd.readouterr().err.startswith(message)
+
+
 def test_the_run_folder_holds_what_a_run_is(run):
     assert {p.name for p in run.iterdir()} == {
         "config.yaml", "rounds.jsonl", "selected.jsonl", "summary.json", "report.html", "model", "prepared", "utilities",
