@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,15 +57,7 @@ def lm_head(model: PreTrainedModel) -> Head:
     Raises:
         ValueError: a head that it cannot serve: none, adapters on it, sharded or quantized weights.
     """
-    head = model.get_output_embeddings()
-    name = type(model).__name__
-    if head is None:
-        raise ValueError(f"lm_head: `model` must have an LM head, got {name} without output embeddings")
-    if type(head) is not nn.Linear:
-        raise ValueError(
-            f"lm_head: the head of {name} must be a plain nn.Linear without adapter, got "
-            f"{type(head).__module__}.{type(head).__name__}; take it out of the LoRA target modules or modules_to_save"
-        )
+    head, name = _head_module(model), type(model).__name__
     weight = head.weight
     whole = weight.shape == (head.out_features, head.in_features) and not weight.is_meta
     if type(weight.data).__name__ == "DTensor" or not whole or not weight.is_floating_point():
@@ -80,6 +73,19 @@ def lm_head(model: PreTrainedModel) -> Head:
     return Head(weight, getattr(head, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
 
 
+def _head_module(model: PreTrainedModel) -> nn.Linear:
+    head: Any = model.get_output_embeddings()
+    name = type(model).__name__
+    if head is None:
+        raise ValueError(f"lm_head: `model` must have an LM head, got {name} without output embeddings")
+    if type(head) is not nn.Linear and type(head).__bases__ != (FSDPModule, nn.Linear):
+        raise ValueError(
+            f"lm_head: the head of {name} must be a plain nn.Linear without adapter, got "
+            f"{type(head).__module__}.{type(head).__name__}; take it out of the LoRA target modules or modules_to_save"
+        )
+    return head
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """Compares the head that the fused loss will compute with the model's own logits on four tokens.
@@ -89,19 +95,21 @@ def check_head(model: PreTrainedModel) -> None:
     """
     was_training = model.training
     model.eval()
-    embedding = _embedding(model)
-    ids = torch.arange(4, device=embedding.device)[None] % len(embedding)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    head = lm_head(model)
-    dtype = head.weight.dtype
-    logits = F.linear(hidden.to(dtype), head.weight, head.bias) * head.logit_scale
-    if head.softcap:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
+    module = _head_module(model)
+    ids, dtype = _some_ids(model, 4), module.weight.dtype
+    hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state
+
+    def known(hidden: Tensor) -> Tensor:
+        head = lm_head(model)
+        logits = F.linear(hidden.to(dtype), head.weight, head.bias) * head.logit_scale
+        return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+
+    with forward_replaced(module, known):
+        logits = module(hidden)
     # A head in another precision than the body: its input is cast as `PackedModel.loss` does, or autocast will.
-    module: Any = model.get_output_embeddings()
     cast = module.register_forward_pre_hook(lambda _, args: tuple(arg.to(dtype) for arg in args))
     try:
-        own = model(input_ids=ids, use_cache=False).logits
+        own = model(input_ids=ids[None], use_cache=False).logits
     finally:
         cast.remove()
     model.train(was_training)
@@ -118,6 +126,12 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
+def _some_ids(model: PreTrainedModel, count: int, first: int = 0) -> Tensor:
+    """[count] token ids where the model lives."""
+    embedding: Any = model.get_input_embeddings()
+    return torch.arange(first, first + count, device=embedding.weight.device) % embedding.num_embeddings
+
+
 @torch.no_grad()
 def check_packing(model: PackedModel) -> None:
     """Compares two packed samples with each of them alone under transformers' own eager attention.
@@ -129,8 +143,8 @@ def check_packing(model: PackedModel) -> None:
     causal = model.causal_lm
     was_training, implementation = model.training, str(causal.config._attn_implementation)
     model.eval()
-    vocab, device = len(_embedding(causal)), _embedding(causal).device
-    samples = [torch.arange(1, 13, device=device) % vocab, torch.arange(3, 23, device=device) % vocab]
+    samples = [_some_ids(causal, 12, first=1), _some_ids(causal, 20, first=3)]
+    device = samples[0].device
     lengths = [len(ids) for ids in samples]
     batch = PackedBatch(
         input_ids=torch.cat(samples),
@@ -161,13 +175,26 @@ class PackedModel(nn.Module):
 
     Args:
         model: a transformers causal LM, or a peft model around one.
+
+    Attributes:
+        checked: the model computes what is computed here in its place. With weights that DeepSpeed's ZeRO 3 has partitioned,
+            which nothing can compute with before DeepSpeed wraps the model, that is for `check` to find out afterwards.
+
+    Raises:
+        ValueError: a model that cannot be served, see `check_head` and `check_packing`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.checked = model, False
+        if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            self.check()
+
+    def check(self) -> None:
+        """Compares it with the model's own forward."""
         check_head(self.causal_lm)
         check_packing(self)
+        self.checked = True
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -226,9 +253,20 @@ class PackedModel(nn.Module):
     ) -> LinearCrossEntropyOutput:
         """The fused loss of hidden states [T, H] already computed, in the precision of the head where that is the wider one.
 
+        It runs as a call of the head itself: what shards weights gathers the head's for that.
+
         Raises:
             ValueError: a head that cannot be served, see `lm_head`; outside autocast also one narrower than `hidden`.
         """
+
+        def fused(hidden: Tensor) -> LinearCrossEntropyOutput:
+            return self._fused(hidden, batch, reduction=reduction, num_items=num_items, stats=stats)
+
+        head = _head_module(self.causal_lm)
+        with forward_replaced(head, fused):
+            return head(hidden)
+
+    def _fused(self, hidden: Tensor, batch: PackedBatch, **options: Any) -> LinearCrossEntropyOutput:
         head = lm_head(self.causal_lm)
         if hidden.dtype != head.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
             # As models do whose head was cast to fp32; the gradient comes back in the precision of the body.
@@ -240,9 +278,22 @@ class PackedModel(nn.Module):
             hidden = hidden.to(head.weight.dtype)
         return linear_cross_entropy(
             hidden, head.weight, batch.labels, batch.cu_seqlens, bias=head.bias, softcap=head.softcap,
-            logit_scale=head.logit_scale, reduction=reduction, num_items=num_items, token_index=batch.token_index,
-            stats=stats,
+            logit_scale=head.logit_scale, token_index=batch.token_index, **options,
         )  # fmt: skip
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, a call of the module runs `forward` in its place, between the module's own hooks."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def _load_balancing_loss(model: Any, router_logits: tuple[Tensor, ...]) -> Tensor:
@@ -316,13 +367,6 @@ def build_model(size: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, dev
         torch.manual_seed(seed)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return prepare_model(model.to(device))
-
-
-def _embedding(model: PreTrainedModel) -> Tensor:
-    """The input embedding's weight, [V, H]: where the model lives, and in what precision."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def prepare_model(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,14 +1,12 @@
 """Weights sharded over two processes by FSDP2, or gradients and optimizer by DeepSpeed's ZeRO, train as whole ones do.
 
-accelerate offers both on accelerators alone; here its state is told that two CPU processes (gloo) are such, and all that
-follows is its own code, torch's and DeepSpeed's.
+What stands in for the accelerators is in sharding.py.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import socket
 import time
 from pathlib import Path
 
@@ -17,9 +15,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
+from sharding import free_port, launch, tell_fsdp2, tell_zero
 from torch.distributed.tensor import DTensor
 
 import lead_fast as lf
@@ -64,29 +61,19 @@ def train(optimization, samples, steps):
 
 
 def sharding_accelerator(kind, rank, world, efficient=True):
-    """accelerate's own, told to shard: "fsdp2", "zero1" or "zero2"; `efficient` is the launcher's default for FSDP."""
+    """accelerate's own, told to shard: "fsdp2", "zero1" or "zero2"."""
     if kind == "fsdp2":
         make_accelerator(CONFIG)
-        told = {"distributed_type": DistributedType.FSDP}
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-            cpu_ram_efficient_loading=efficient, reshard_after_forward=True,
-        )  # fmt: skip
+        tell_fsdp2(efficient)
     else:
         os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=kind[-1])
         Accelerator()
-        told = {"num_processes": world, "process_index": rank, "local_process_index": rank, "backend": "gloo"}
-    for state in (PartialState, AcceleratorState):
-        state._shared_state.update(told)
-    if kind == "fsdp2":
-        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        tell_zero(rank, world)
     return make_accelerator(CONFIG)
 
 
 def rank_main(rank, world, port, folder, kind, tuning):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world), RANK=str(rank),
-                      LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))  # fmt: skip
+    launch(rank, world, port)
     accelerator = sharding_accelerator(kind, rank, world)
     model, tokenizer, samples = make_model(tuning)
     optimization = Optimization(model, accelerator, CONFIG)
@@ -149,12 +136,6 @@ def state_of(optimization):
     pool = Pool.from_arrays(arm=np.zeros(8, np.int16), utility=np.ones(8, np.float32))
     engine = lf.LeadEngine(pool, lf.LeadConfig(), group=optimization.ranks.group)
     return TrainingState(engine, optimization, Signals(engine))
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.parametrize(("kind", "tuning"), [("fsdp2", "lora"), ("fsdp2", "full"), ("zero1", "full"), ("zero2", "lora")])

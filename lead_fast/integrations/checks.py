@@ -23,8 +23,7 @@ def check_host(op: str, trainer: Any) -> None:
     for bad, name, expected in (
         (args.n_gpu > 1, "n_gpu", f"1: make one GPU visible (CUDA_VISIBLE_DEVICES), got {args.n_gpu}"),
         (trainer.is_model_parallel, "model", "on one device, got one over several (device_map)"),
-        (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, "args",
-         "without DeepSpeed and FSDP, which `lead-fast train` serves, got one of them"),
+        (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2, "args", "of FSDP's version 2, got version 1"),
         (args.parallelism_config is not None, "parallelism_config", f"None, got {args.parallelism_config!r}"),
         (args.dataloader_num_workers > 0, "dataloader_num_workers",
          f"0: workers read ahead of the round, got {args.dataloader_num_workers}"),

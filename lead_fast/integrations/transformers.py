@@ -37,7 +37,7 @@ from lead_fast.integrations.checks import check_host
 from lead_fast.integrations.rounds import HostRounds
 from lead_fast.integrations.samples import ChatSamples, DatasetSamples
 from lead_fast.integrations.state_file import load_state, save_state
-from lead_fast.models import PackedModel, trained_parameters
+from lead_fast.models import PackedModel, forward_replaced, trained_parameters
 from lead_fast.ops import LinearCrossEntropyOutput
 from lead_fast.packing import CutCounts, PackedBatch, Sample
 from lead_fast.pool import Pool
@@ -83,6 +83,9 @@ class LeadRounds(_Host):
 
     def _follow_weights(self) -> None:
         """Shows estimators, and those that watch by now, the weights and gradients that they follow."""
+        followers = [name for name, estimator in self.engine.estimators.items() if estimator.needs_weights]
+        if followers and self.is_fsdp_enabled:
+            raise ValueError(f"{type(self).__name__}: `estimator` {followers[0]} follows whole weights, which FSDP shards")
         self.engine.track(parameter for _, parameter in trained_parameters(self._packed))
         self._first_order = next((e for e in self.engine.estimators.values() if isinstance(e, FirstOrder)), None)
         if self._first_order is not None and self._ranks.world > 1:
@@ -185,28 +188,30 @@ class LeadRounds(_Host):
         return (loss, out) if return_outputs else loss
 
     def _through(self, model: nn.Module, batch: PackedBatch, num_items: Any) -> LinearCrossEntropyOutput:
-        """The fused loss, by way of the wrapper that exchanges gradients where there is one: its forward sets that up."""
+        """The fused loss, by way of what exchanges gradients or shards weights: the call of the whole model sets that up."""
         inner: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        if inner is model:
+        if inner is model and not self.is_fsdp_enabled:
             return self._packed(batch, num_items=num_items)
-        own = inner.__dict__.get("forward")
-        inner.forward = lambda **_: self._packed(batch, num_items=num_items)
-        try:
+        with forward_replaced(inner, lambda **_: self._packed(batch, num_items=num_items)):
             return model(input_ids=batch.input_ids)
-        finally:
-            if own is None:
-                del inner.forward
-            else:
-                inner.forward = own
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        """As the host's; leaves out a step whose gradient is not finite. In fp16 the gradient scaler does that itself."""
+        """As the host's; leaves out a step whose gradient is not finite. In fp16 the gradient scaler does that itself, and
+        under DeepSpeed the step is taken by now."""
         norm = super()._get_grad_norm(*args, **kwargs)
-        self._left_out = self.accelerator.scaler is None and not bool(torch.isfinite(torch.as_tensor(norm)))
+        if self.accelerator.scaler is not None or self.is_deepspeed_enabled:
+            return norm
+        self._left_out = not bool(torch.isfinite(torch.as_tensor(norm)))
         if self._left_out:
             logger.warning("a gradient is not finite: its optimizer step is left out")
             self._packed.zero_grad(set_to_none=True)
         return norm
+
+    def train_began(self) -> None:
+        """The model is wrapped: one that could not be checked before is."""
+        if not self._packed.checked:
+            with self._attention.on():
+                self._packed.check()
 
     def step_taken(self, lr: float) -> None:
         """After each optimizer step, with the learning rate it used."""
@@ -278,6 +283,9 @@ class _RoundCallback(TrainerCallback):
 
     def __init__(self, trainer: LeadRounds) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.train_began()
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer.step_taken(float(kwargs["optimizer"].param_groups[0]["lr"]))  # the schedule has not moved on yet

@@ -1,13 +1,13 @@
 """LeadTrainer and LeadSFTTrainer in two processes are the one that accumulates over twice the micro-batches."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from host_runs import CHOICE, Watcher, lead_trainer, lora, tiny, words_tokenizer
+from sharding import free_port, launch
 from transformers import TrainerCallback
 
 import lead_fast as lf
@@ -76,9 +76,7 @@ def written(folder, rows):
 
 
 def rank_main(rank, world, port, folder, kind, interrupted):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world), RANK=str(rank),
-                      LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1")  # fmt: skip
+    launch(rank, world, port)
     options = {}
     if interrupted:
         first, watcher = make(kind, folder)
@@ -88,12 +86,6 @@ def rank_main(rank, world, port, folder, kind, interrupted):
     trainer, watcher = make(kind, folder)
     torch.save(trained(trainer, watcher, **options), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.parametrize(("kind", "interrupted"), [("lora", 0), ("sft", 0), ("full", 1)])
