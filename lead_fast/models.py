@@ -16,12 +16,12 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lead_fast.attention import PACKED_ATTENTION
 from lead_fast.ops import LinearCrossEntropyOutput, Reduction, Stats, linear_cross_entropy
 from lead_fast.packing import PackedBatch
+from lead_fast.shards import are_sharded, is_partitioned, whole_on_first
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +99,17 @@ def check_head(model: PreTrainedModel) -> None:
     ids, dtype = _some_ids(model, 4), module.weight.dtype
     hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state
 
-    def known(hidden: Tensor) -> Tensor:
+    known: list[Tensor] = []  # what comes of the weight alone, before hooks make something else of it
+
+    def from_weight(hidden: Tensor) -> Tensor:
         head = lm_head(model)
         logits = F.linear(hidden.to(dtype), head.weight, head.bias) * head.logit_scale
-        return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+        known.append(head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits)
+        return known[0]
 
-    with forward_replaced(module, known):
-        logits = module(hidden)
+    with forward_replaced(module, from_weight):
+        module(hidden)
+    (logits,) = known
     # A head in another precision than the body: its input is cast as `PackedModel.loss` does, or autocast will.
     cast = module.register_forward_pre_hook(lambda _, args: tuple(arg.to(dtype) for arg in args))
     try:
@@ -187,7 +191,7 @@ class PackedModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.checked = model, False
-        if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        if not any(map(is_partitioned, model.parameters())):
             self.check()
 
     def check(self) -> None:
@@ -200,6 +204,11 @@ class PackedModel(nn.Module):
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model itself, inside an adapter's wrapper where there is one."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # pyright: ignore
+
+    @property
+    def config(self) -> Any:
+        """For accelerate, which sets DeepSpeed's buffers by its sizes."""
+        return self.causal_lm.config
 
     def tie_weights(self) -> None:
         """For accelerate, which moves the weights of a model that FSDP shards."""
@@ -404,15 +413,12 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | No
         folder: None in the processes that do not write.
     """
     adapter, whole = hasattr(model, "get_base_model"), dict[str, Any]()
-    if any(isinstance(p, DTensor) for p in model.parameters()):
+    if are_sharded(model.parameters()):
         tied = set[int]()
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if id(tensor) in tied or (adapter and not tensor.requires_grad):
-                continue
-            tied.add(id(tensor))
-            value = tensor.detach()
-            full = value.full_tensor() if isinstance(value, DTensor) else value
-            whole[name] = full.cpu() if folder is not None else torch.empty(0)
+            if id(tensor) not in tied and (tensor.requires_grad or not adapter):
+                tied.add(id(tensor))
+                whole[name] = whole_on_first(tensor, folder is not None)
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lead_fast.config import PrepareConfig
 from lead_fast.files import write_text
@@ -29,6 +30,7 @@ from lead_fast.models import PackedModel, checkpoint_activations, compile_layers
 from lead_fast.ops import SampleStats
 from lead_fast.packing import PackedBatch, Sample, balanced_fill, fill, pack, split_evenly, without_supervision
 from lead_fast.ranks import Ranks
+from lead_fast.shards import are_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ def make_accelerator(config: PrepareConfig) -> Accelerator:
         mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers,
         cpu=launched > 1 and not torch.accelerator.is_available(),  # else accelerate sees no processes on a CPU
     )  # fmt: skip
+    if zero:  # else transformers has ZeRO 3 shard a model while it is loaded; the offline stages compute with it before
+        unset_hf_deepspeed_config()
     if accelerator.num_processes != launched:
         raise TrainingError(f"{launched} processes were started, and accelerate trains with {accelerator.num_processes}")
     return accelerator
@@ -176,7 +180,8 @@ class Optimization:
             checkpoint_activations(model)
         if config.compile:
             compile_layers(model)
-        if is_sharded(accelerator) and not accelerator.is_fsdp2:
+        is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+        if is_fsdp and not accelerator.is_fsdp2:
             raise TrainingError("FSDP version must be 2 (accelerate launch --fsdp_version 2), got 1")
         self.is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.is_zero:
@@ -195,8 +200,8 @@ class Optimization:
 
     @property
     def is_sharded(self) -> bool:
-        """FSDP shards the weights."""
-        return is_sharded(self.accelerator)
+        """The weights are sharded, by FSDP or ZeRO 3."""
+        return are_sharded(self.bare.parameters())
 
     def step(
         self,
@@ -267,11 +272,6 @@ class Optimization:
                 yield
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """FSDP shards the weights of the models that it prepares."""
-    return accelerator.distributed_type == DistributedType.FSDP
-
-
 def reshard(model: nn.Module) -> None:
     """Shards again what a forward pass without backward leaves whole."""
     for module in model.modules():
@@ -280,15 +280,9 @@ def reshard(model: nn.Module) -> None:
 
 
 def _prepare_zero(accelerator: Accelerator, config: PrepareConfig) -> None:
-    """Tells DeepSpeed what it would ask of a data loader; gradients are accumulated as this loop says.
-
-    Raises:
-        TrainingError: ZeRO stage 3.
-    """
+    """Tells DeepSpeed what it would ask of a data loader; gradients are accumulated as this loop says."""
     plugin: Any = accelerator.state.deepspeed_plugin
     settings = plugin.deepspeed_config
-    if settings["zero_optimization"]["stage"] == 3:
-        raise TrainingError("ZeRO stage 3 shards the LM head, which the fused loss needs whole: use stage 1 or 2, or FSDP")
     settings |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     settings |= {"train_batch_size": accelerator.num_processes, "gradient_clipping": config.max_grad_norm}
 

@@ -269,7 +269,7 @@ def _auditable(config: TrainConfig, optimization: Optimization) -> TrainConfig:
     left_out = [name for name in config.audited if estimator_class(name).needs_weights and optimization.is_sharded]
     if not left_out:
         return config
-    logger.warning("audit_estimators: %s follows whole weights, which FSDP shards: left out", ", ".join(left_out))
+    logger.warning("audit_estimators: %s follows whole weights, which are sharded here: left out", ", ".join(left_out))
     return dataclasses.replace(config, audit_estimators=",".join(n for n in config.audited if n not in left_out))
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from lead_fast.config import TrainConfig
@@ -25,6 +24,7 @@ from lead_fast.ops import SampleStats
 from lead_fast.optimization import Optimization, StepResult, TrainingError, learning_rate, step_batches
 from lead_fast.packing import CutCounts, Sample
 from lead_fast.rounds import Round, RoundReport
+from lead_fast.shards import are_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ def attach(engine: LeadEngine, optimization: Optimization) -> FirstOrder | None:
     """Shows estimators the weights that they follow; returns the one that wants the gradients as well, if any."""
     weights = [p for _, p in trained_parameters(optimization.bare)]
     followers = [name for name, e in engine.estimators.items() if e.needs_weights]
-    if followers and any(isinstance(p, DTensor) for p in weights):
-        raise TrainingError(f"estimator {followers[0]!r} follows whole weights, which FSDP shards; use grad_norm or none")
+    if followers and are_sharded(weights):
+        raise TrainingError(f"estimator {followers[0]!r} follows whole weights, which are sharded here; use grad_norm or none")
     engine.track(weights)
     first_order = next((e for e in engine.estimators.values() if isinstance(e, FirstOrder)), None)
     if first_order is not None and optimization.ranks.world > 1:

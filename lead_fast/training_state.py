@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lead_fast.checkpoint import State, tensor_bytes
 from lead_fast.models import trained_parameters
 from lead_fast.optimization import Optimization, StepResult, TrainingError, reshard
 from lead_fast.packing import CutCounts
 from lead_fast.pool import ARRAYS, Pool
-from lead_fast.ranks import Ranks
+from lead_fast.shards import assign, own_part, sharded_like, whole, whole_on_first, whole_shape
 from lead_fast.trainer import OpenRound, TrainingRun, attach
 
 if TYPE_CHECKING:
@@ -123,8 +122,8 @@ def frozen_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
-            flat = _whole(weight.detach()).reshape(-1)
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            flat = whole(weight).reshape(-1)
+            digest.update(f"{name} {weight.dtype} {tuple(whole_shape(weight))}".encode())
             digest.update(tensor_bytes(flat[:: max(1, len(flat) // _SAMPLED)]))
     return digest.hexdigest()
 
@@ -153,57 +152,35 @@ def environment(optimization: Optimization) -> dict[str, Any]:
 # Weights and optimizer
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP shards, put together; all processes must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _on_first(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """The whole of a sharded tensor on the host of the first process, nothing on the others; any other tensor as it is."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    whole = tensor.full_tensor()
-    return whole.cpu() if ranks.is_first else torch.empty(0, dtype=tensor.dtype)
-
-
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor of the parameter's shape, sharded as the parameter is."""
-    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-
-
 def _weights(optimization: Optimization) -> State:
     parameters, ranks = dict(trained_parameters(optimization.bare)), optimization.ranks
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters.values()]
-    bad = torch.stack([~torch.isfinite(p.detach()).all() for p in local]).int()
+    bad = torch.stack([~torch.isfinite(own_part(p)).all() for p in parameters.values()]).int()
     if bool(ranks.sum(bad).any()):  # of all shards, so that all name the same
         name = list(parameters)[int(bad.bool().int().argmax())]
         raise TrainingError(f"checkpoint: {name} holds NaN or infinity, so none was written; lower --learning-rate")
-    return {name: _on_first(p.detach(), ranks) for name, p in parameters.items()}
+    return {name: whole_on_first(p, ranks.is_first) for name, p in parameters.items()}
 
 
-@torch.no_grad()
 def _restore_weights(model: nn.Module, saved: dict[str, Tensor]) -> None:
     parameters = dict(trained_parameters(model))
     if parameters.keys() != saved.keys():
         different = sorted(parameters.keys() ^ saved.keys())
         raise ValueError(f"checkpoint: expected the same trained weights, got {len(different)} others, as {different[0]}")
     for name, parameter in parameters.items():
-        value = saved[name]
-        if value.shape != parameter.shape or value.dtype != parameter.dtype:
-            raise ValueError(f"checkpoint: {name} must be {parameter.dtype} {list(parameter.shape)}, "
+        value, shape = saved[name], whole_shape(parameter)
+        if value.shape != shape or value.dtype != parameter.dtype:
+            raise ValueError(f"checkpoint: {name} must be {parameter.dtype} {list(shape)}, "
                              f"got {value.dtype} {list(value.shape)}")  # fmt: skip
-        parameter.copy_(_like(value, parameter))
+        assign(parameter, value)
 
 
 def _optimizer(optimization: Optimization) -> State:
     if optimization.is_zero:
         return {"format": "deepspeed", "processes": optimization.ranks.world}
     names = {id(p): name for name, p in trained_parameters(optimization.bare)}
-    ranks = optimization.ranks
+    is_first = optimization.ranks.is_first
     state = {
-        names[id(p)]: {k: _on_first(v, ranks) if isinstance(v, Tensor) else v for k, v in entry.items()}
+        names[id(p)]: {k: whole_on_first(v, is_first) if isinstance(v, Tensor) else v for k, v in entry.items()}
         for p, entry in optimization.optimizer.state.items()
     }
     groups = [group | {"params": [names[id(p)] for p in group["params"]]} for group in optimization.optimizer.param_groups]
@@ -226,7 +203,9 @@ def _restore_optimizer(optimization: Optimization, saved: State) -> None:
     for name, entry in saved["state"].items():
         parameter = parameters[name]
         # Cloned: the saved tensors are views of the file.
-        state[order[id(parameter)]] = {k: _like(v.clone(), parameter) if isinstance(v, Tensor) else v for k, v in entry.items()}
+        state[order[id(parameter)]] = {
+            k: sharded_like(v.clone(), parameter) if isinstance(v, Tensor) else v for k, v in entry.items()
+        }
     groups = [
         # JSON has no tuples.
         {k: tuple(v) if isinstance(live.get(k), tuple) else v for k, v in group.items()}
