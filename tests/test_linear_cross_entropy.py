@@ -138,6 +138,38 @@ def test_threads_share_the_vocabulary(backend: tuple[str, str], dtype: torch.dty
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(("threads", "tokens", "width", "vocab"), [(7, 130, 700, 300), (9, 100, 40, 50), (40, 260, 1200, 90)])
+def test_more_threads_than_the_vocabulary_gives_work_to(threads, tokens, width, vocab, frozen) -> None:
+    """With a frozen head they share the tokens as well, where parts of d_hidden would outgrow the logits."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(tokens, width), torch.randn(vocab, width) / width**0.5
+    labels, boundaries = torch.randint(vocab, (tokens,)), torch.tensor([0, tokens // 3, tokens])
+    before, found = torch.get_num_threads(), {}
+    for backend in ("cpp", "reference"):
+        torch.set_num_threads(threads if backend == "cpp" else before)
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
+        try:
+            out = linear_cross_entropy(*leaves, labels, boundaries, backend=backend)
+        finally:
+            torch.set_num_threads(before)
+        assert out.samples is not None
+        out.loss.backward()
+        found[backend] = [out.loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None), *out.samples]
+    for got, expected in zip(*found.values(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+
+
+def test_logits_that_rise_along_the_vocabulary_keep_the_loss_s_digits() -> None:
+    """Each block of the vocabulary has a new maximum: rescaled in fp32, the sum would gather the rounding of each."""
+    tokens, vocab = 32, 256_000
+    rise = 1e-5 * torch.arange(vocab)
+    hidden, weight = torch.ones(tokens, 1), rise[:, None].contiguous()
+    labels, boundaries = torch.zeros(tokens, dtype=torch.int64), torch.tensor([0, tokens])
+    out = linear_cross_entropy(hidden, weight, labels, boundaries, backend="cpp", stats=None)
+    torch.testing.assert_close(out.loss.double(), rise.double().logsumexp(0), rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_vocabulary_of_256_000(backend: tuple[str, str], dtype: torch.dtype) -> None:

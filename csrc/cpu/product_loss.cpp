@@ -24,11 +24,14 @@ namespace {
 
 using torch::stable::parallel_for;
 
+constexpr int64_t kMostChunkRows = 512;
+static_assert(kMostChunkRows + 31 <= kMostDepth, "the weight gradient by tiles takes all of a chunk's tokens at once");
+
 // Logits of 24 MiB stay in a server's last-level cache and in memory that malloc keeps; where that would be fewer than
 // 128 rows, too few for a product that reads all of W, 192 rows go through main memory. Measured on Zen 5.
 int64_t chunk_rows(int64_t vocab, int64_t bytes) {
   const int64_t rows = (int64_t{24} << 20) / (vocab * bytes) / 16 * 16;
-  return rows < 128 ? 192 : std::min<int64_t>(rows, 512);
+  return rows < 128 ? 192 : std::min<int64_t>(rows, kMostChunkRows);
 }
 
 template <class Stored>
@@ -61,9 +64,9 @@ class ProductLoss {
       if (results_.d_bias != nullptr) add_bias_grad(a, begin);
       if (results_.d_weight == nullptr) continue;
       if (tile_kernels() != nullptr) {
-        add_weight_grad(*tile_kernels(), a, begin);
+        add_weight_grad_by_tiles(*tile_kernels(), a, begin);
       } else {
-        add_weight_grad(a, h, begin);
+        add_weight_grad_by_torch(a, h, begin);
       }
     }
   }
@@ -96,8 +99,8 @@ class ProductLoss {
   }
 
   // The scales go to h, which is smaller than `a`. In fp32 also for bf16, whose products torch would round before they
-  // are summed. `a` is not needed any more.
-  void add_weight_grad(const TileKernels& tiles, const Matrix& a, int64_t first) {
+  // are summed.
+  void add_weight_grad_by_tiles(const TileKernels& tiles, const Matrix& a, int64_t first) {
     const int64_t panels = (a.rows + tiles.lanes - 1) / tiles.lanes, lanes = panels * tiles.lanes;
     std::vector<float> scale(lanes);
     std::copy_n(&tokens_.scale[first], a.rows, scale.begin());
@@ -112,15 +115,15 @@ class ProductLoss {
           float* lane = &block[t / tiles.lanes * kGradientRows * tiles.lanes + t % tiles.lanes];
           for (int64_t i = 0; i < count; ++i) lane[i * tiles.lanes] = piece[i];
         }
-        tiles.add_weight_grad(block.data(), kGradientRows, panels, count, scaled, scale.data(), width_,
+        tiles.add_weight_grad(block.data(), panels, count, scaled, scale.data(), width_,
                               results_.d_weight + v * width_);
       }
     });
   }
 
-  // Without tiles, by torch. A row of scale 0 is cleared on both sides, since 0 * NaN is NaN; bf16 is converted by
+  // A row of scale 0 is cleared on both sides, since 0 * NaN is NaN: `a` is not needed any more. bf16 is converted by
   // column tiles that stay in the cache.
-  void add_weight_grad(const Matrix& a, const Matrix& h, int64_t first) {
+  void add_weight_grad_by_torch(const Matrix& a, const Matrix& h, int64_t first) {
     constexpr int64_t tile = 4096;
     float* scaled_rows = reserve(scaled_, a.rows * width_);
     const Matrix scaled = {scaled_rows, ScalarType::Float, a.rows, width_, width_};

@@ -6,7 +6,7 @@
 //   d [h, t] += sum_v W [v, h] (d nll / d a) [v, t]
 // read the head as it lies in memory, one value for all lanes of a panel, and the softmax over the vocabulary needs no
 // sum across lanes. What a product has just made is used while it is in the cache: the logits enter their softmax by
-// blocks of kSoftmaxRows, and become gradients by blocks of kGradientRows right before the second product reads them.
+// blocks of kSoftmaxRows, and are turned into blocks of kGradientRows gradients that the second product reads at once.
 //
 // One source (tile_kernels_impl.h) is compiled for each instruction set that gains by it.
 #pragma once
@@ -17,20 +17,23 @@
 
 namespace lead_fast::cpu {
 
-constexpr int64_t kGradientRows = 192;  // a slab begins at a multiple of it
 constexpr int64_t kMostTokens = 256;    // of a chunk: of 576 values each, they fill half of a 1 MiB L2
+constexpr int64_t kMostDepth = 640;     // of a product's sums before they go to memory; no more tokens at once either
+constexpr int64_t kGradientRows = 192;  // of a block of gradients
+constexpr int64_t kRowUnit = 24;        // the tiles of every instruction set divide it: a slab begins at a multiple
 
-// Rows of a panel are allocated in multiples of 24, which the tiles of every instruction set divide.
-constexpr int64_t padded_rows(int64_t rows) { return (rows + 23) / 24 * 24; }
+// Rows for which a panel has room.
+constexpr int64_t padded_rows(int64_t rows) { return (rows + kRowUnit - 1) / kRowUnit * kRowUnit; }
 
-// Token t is lane t % lanes of panel t / lanes. The last panel's lanes beyond the chunk are tokens without a label.
-struct TokenPanels {
-  int64_t panels, width;  // width: H
+// Rows [begin, end) of the head and a chunk's tokens: token t is lane t % lanes of panel t / lanes. The last panel's
+// lanes beyond the chunk are tokens without a label.
+struct Slab {
+  int64_t begin, end, panels, width;  // width: H
   LogitMap map;
   const float* weight;   // [V, H]
   const float* hidden;   // [panels, padded_rows(H), lanes], zeros in the padding
   const int32_t* label;  // [panels * lanes], -1: none
-  float* logits;         // [panels, padded_rows(V), lanes]: a, then d nll / d a
+  float* logits;         // [panels, padded_rows(end - begin), lanes]; a label's own is -inf once its softmax has it
 };
 
 // One slab's share of the tokens' softmax, [panels * lanes] each.
@@ -47,9 +50,10 @@ struct TokenSoftmax {
 
 // What a slab adds to; null where not asked for.
 struct SlabGradients {
+  float* block;         // [panels, kGradientRows, lanes]: its own, to work in
   double* squares;      // [panels * lanes]: sum of p_v^2 but the label's
   float* d_hidden;      // [panels, padded_rows(H), lanes]: this slab's own part
-  const float* scaled;  // scaled_columns.h
+  const float* scaled;  // [H / lanes, rounded up; panels * lanes; lanes]: token_scale * hidden, see scaled_columns.h
   const float* scale;   // [panels * lanes]; a token of scale 0 adds nothing below, whatever its gradient is
   float* d_weight;      // [V, H]
   float* d_bias;        // [V]
@@ -57,15 +61,13 @@ struct SlabGradients {
 
 struct TileKernels {
   int64_t lanes;
-  // Rows [begin, end) of the head: logits, and their share of the softmax.
-  void (*logits)(const TokenPanels& tokens, int64_t begin, int64_t end, const SlabSoftmax& softmax);
-  // The logits of rows [begin, end) become d nll / d a, and enter the gradients.
-  void (*gradients)(const TokenPanels& tokens, int64_t begin, int64_t end, const TokenSoftmax& softmax,
-                    const SlabGradients& to);
-  // d_weight [rows, width] += the product of gradients [panels, stride, lanes], of which `rows` count, and `scaled`, as
-  // in SlabGradients.
-  void (*add_weight_grad)(const float* gradients, int64_t stride, int64_t panels, int64_t rows, const float* scaled,
-                          const float* scale, int64_t width, float* d_weight);
+  // The slab's logits, and their share of the softmax.
+  void (*logits)(const Slab& slab, const SlabSoftmax& softmax);
+  // d nll / d a of the slab's logits enters the gradients.
+  void (*gradients)(const Slab& slab, const TokenSoftmax& softmax, const SlabGradients& to);
+  // d_weight [rows, width] += the product of the first `rows` rows of `block` and `scaled`, both as in SlabGradients.
+  void (*add_weight_grad)(const float* block, int64_t panels, int64_t rows, const float* scaled, const float* scale,
+                          int64_t width, float* d_weight);
 };
 
 extern const TileKernels tile_kernels_avx512;

@@ -1,8 +1,8 @@
 // The tile kernels, written once for every instruction set (vector.h); the including file sets LEAD_FAST_TILE_KERNELS,
 // the table's name.
 //
-// Bytes and flops at (2048, 576, 49152): a tile's inner loop is 24 multiply-adds of a vector for 2 loads and 12
-// broadcasts, bound by the multipliers; W (113 MB) comes from memory twice a chunk of 256 tokens, 1.8 GB in all,
+// Bytes and flops at (2048, 576, 49152) with AVX-512: a tile's inner loop is 24 multiply-adds of a vector for 2 loads
+// and 12 broadcasts, bound by the multipliers; W (113 MB) comes from memory twice a chunk of 256 tokens, 1.8 GB in all,
 // fetched ahead by the tiles themselves; the chunk's logits (50 MB) are written once and read once.
 #pragma once
 
@@ -17,11 +17,10 @@ constexpr int kTileRows = kWidth == 16 ? 12 : 6;  // two vectors of sums a row f
 constexpr int kUnroll = 8;
 constexpr int64_t kSoftmaxRows = 96;
 constexpr int64_t kGroupColumns = 48;            // of W in d_hidden's tiles: whole cache lines
-constexpr int64_t kMostDepth = 640;              // of a product's sums before they go to memory
 constexpr int64_t kRowStride = kMostDepth + 16;  // of a tile's rows in the buffer: not in the same cache set
 
-static_assert(24 % kTileRows == 0 && kSoftmaxRows % 24 == 0 && kGradientRows % 24 == 0);
-static_assert(kMostTokens <= kMostDepth && kGradientRows % kUnroll == 0 && 24 % kUnroll == 0);
+static_assert(kRowUnit % kTileRows == 0 && kRowUnit % kUnroll == 0 && kSoftmaxRows % kRowUnit == 0);
+static_assert(kGradientRows % kRowUnit == 0 && kGroupColumns % kTileRows == 0 && kMostTokens <= kMostDepth);
 
 constexpr int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -74,14 +73,15 @@ inline bool is_identity(const LogitMap& map) {
   return map.bias == nullptr && map.logit_scale == 1.0f && !(map.softcap > 0);
 }
 
-// Logits of one half of a panel's lanes for `rows` rows from `v`: in place, or in `buffer` where the map changes them;
-// with a cap and unless null also their derivatives dz/da in `slopes`.
-struct Column {
+// Rows of one vector each.
+struct VectorRows {
   float* at;
   int64_t stride;
 };
 
-inline Column to_logits(float* a, int64_t v, int64_t rows, const LogitMap& map, float* buffer, float* slopes) {
+// Logits of one half of a panel's lanes for `rows` rows from `v`: where they are, or in `buffer` where the map changes
+// them; then and unless null also their derivatives dz/da in `slopes`.
+inline VectorRows to_logits(float* a, int64_t v, int64_t rows, const LogitMap& map, float* buffer, float* slopes) {
   if (is_identity(map)) return {a, kLanes};
   for (int64_t r = 0; r < rows; ++r) {
     Floats z = load(a + r * kLanes);
@@ -102,7 +102,7 @@ inline Column to_logits(float* a, int64_t v, int64_t rows, const LogitMap& map, 
 void add_to_softmax(float* a, int64_t v, int64_t rows, const int32_t* label, const LogitMap& map, float* max,
                     double* others, float* label_logit) {
   alignas(64) float buffer[kSoftmaxRows * kWidth];
-  const Column z = to_logits(a, v, rows, map, buffer, nullptr);
+  const VectorRows z = to_logits(a, v, rows, map, buffer, nullptr);
   for (int lane = 0; lane < kWidth; ++lane) {
     if (v <= label[lane] && label[lane] < v + rows) {
       float& logit = z.at[(label[lane] - v) * z.stride + lane];
@@ -119,18 +119,21 @@ void add_to_softmax(float* a, int64_t v, int64_t rows, const int32_t* label, con
   const Floats shift = largest == -INFINITY ? Floats{} : largest;
   Floats sums{};
   for (int64_t r = 0; r < rows; ++r) sums += exp_nonpositive(load(z.at + r * z.stride) - shift);
-  const Floats factor = exp_nonpositive(before - shift);
-  for (int lane = 0; lane < kWidth; ++lane) others[lane] = others[lane] * factor[lane] + sums[lane];
+  for (int lane = 0; lane < kWidth; ++lane) {
+    // In double: logits that rise along the vocabulary rescale in each block, and would add the rounding of each.
+    if (before[lane] != largest[lane]) others[lane] *= exp(double(before[lane]) - largest[lane]);
+    others[lane] += sums[lane];
+  }
   store(max, largest);
 }
 
 void to_gradients(float* a, int64_t v, int64_t rows, const int32_t* label, const LogitMap& map, const float* max,
-                  const float* inverse, const float* label_grad, double* squares) {
+                  const float* inverse, const float* label_grad, double* squares, float* gradients) {
   alignas(64) float buffer[kGradientRows * kWidth], slopes[kGradientRows * kWidth];
-  const Column z = to_logits(a, v, rows, map, buffer, slopes);
+  const VectorRows z = to_logits(a, v, rows, map, buffer, slopes);
   const bool identity = is_identity(map);
   const auto labelled = [&](int lane) { return v <= label[lane] && label[lane] < v + rows; };
-  for (int lane = 0; lane < kWidth; ++lane) {
+  for (int lane = 0; lane < kWidth && !identity; ++lane) {
     if (labelled(lane)) z.at[(label[lane] - v) * z.stride + lane] = -INFINITY;
   }
   const Floats top = load(max), over_total = load(inverse);
@@ -138,13 +141,13 @@ void to_gradients(float* a, int64_t v, int64_t rows, const int32_t* label, const
   for (int64_t r = 0; r < rows; ++r) {
     const Floats p = exp_nonpositive(load(z.at + r * z.stride) - top) * over_total;
     sums += p * p;
-    store(a + r * kLanes, identity ? p : p * load(slopes + r * kWidth));
+    store(gradients + r * kLanes, identity ? p : p * load(slopes + r * kWidth));
   }
   for (int lane = 0; lane < kWidth; ++lane) {
     squares[lane] += sums[lane];
     if (!labelled(lane)) continue;
     const int64_t r = label[lane] - v;
-    a[r * kLanes + lane] = identity ? label_grad[lane] : label_grad[lane] * slopes[r * kWidth + lane];
+    gradients[r * kLanes + lane] = identity ? label_grad[lane] : label_grad[lane] * slopes[r * kWidth + lane];
   }
 }
 
@@ -160,7 +163,7 @@ inline void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t d
 // tiles [kGroupColumns / kTileRows, depth, kTileRows] = from [rows, columns], zeros beyond; whole cache lines are read.
 inline void copy_columns(const float* from, int64_t stride, int64_t rows, int64_t columns, int64_t depth,
                          float* tiles) {
-  memset(tiles, 0, (columns < kGroupColumns || rows < depth ? kGroupColumns * depth : 0) * sizeof(float));
+  if (columns < kGroupColumns || rows < depth) memset(tiles, 0, kGroupColumns * depth * sizeof(float));
   for (int64_t k = 0; k < rows; ++k) {
     for (int64_t c = 0; c < columns; c += kTileRows) {
       float* to = tiles + c * depth + k * kTileRows;
@@ -173,88 +176,89 @@ inline void copy_columns(const float* from, int64_t stride, int64_t rows, int64_
   }
 }
 
-inline float* logit_rows(const TokenPanels& tokens, int64_t panel, int64_t v) {
-  return tokens.logits + (panel * padded_rows(tokens.map.vocab) + v) * kLanes;
+inline float* logit_rows(const Slab& slab, int64_t panel, int64_t v) {
+  return slab.logits + (panel * padded_rows(slab.end - slab.begin) + v - slab.begin) * kLanes;
 }
 
-void logits(const TokenPanels& tokens, int64_t begin, int64_t end, const SlabSoftmax& softmax) {
+void logits(const Slab& slab, const SlabSoftmax& softmax) {
   alignas(64) float tile[kTileRows * kRowStride];
-  const int64_t width = tokens.width, parts = (width + kMostDepth - 1) / kMostDepth;
+  const int64_t width = slab.width, parts = (width + kMostDepth - 1) / kMostDepth;
   const int64_t depth = rounded_up((width + parts - 1) / parts, kUnroll);
-  for (int64_t v = begin; v < end; v += kSoftmaxRows) {
-    const int64_t rows = smaller(kSoftmaxRows, end - v);
+  for (int64_t v = slab.begin; v < slab.end; v += kSoftmaxRows) {
+    const int64_t rows = smaller(kSoftmaxRows, slab.end - v);
     for (int64_t h = 0; h < width; h += depth) {
       const int64_t n = smaller(depth, width - h);
       const auto multiply = h == 0 ? multiply_tile<kRowStride, 1, false> : multiply_tile<kRowStride, 1, true>;
       for (int64_t r = 0; r < rows; r += kTileRows) {
-        const float* from = tokens.weight + (v + r) * width + h;
+        const float* from = slab.weight + (v + r) * width + h;
         copy_rows(from, width, smaller(kTileRows, rows - r), n, tile);
-        for (int64_t panel = 0; panel < tokens.panels; ++panel) {
+        for (int64_t panel = 0; panel < slab.panels; ++panel) {
           // The next tile's rows, two a panel.
           const float* next = from + (kTileRows + 2 * panel) * width;
-          multiply(rounded_up(n, kUnroll), tile, tokens.hidden + (panel * padded_rows(width) + h) * kLanes,
-                   logit_rows(tokens, panel, v + r), kLanes, {bytes(next), bytes(next + width), 32, 32});
+          multiply(rounded_up(n, kUnroll), tile, slab.hidden + (panel * padded_rows(width) + h) * kLanes,
+                   logit_rows(slab, panel, v + r), kLanes, {bytes(next), bytes(next + width), 32, 32});
         }
       }
     }
-    for (int64_t panel = 0; panel < tokens.panels; ++panel) {
+    for (int64_t panel = 0; panel < slab.panels; ++panel) {
       for (int64_t half = 0; half < kLanes; half += kWidth) {
         const int64_t t = panel * kLanes + half;
-        add_to_softmax(logit_rows(tokens, panel, v) + half, v, rows, tokens.label + t, tokens.map, softmax.max + t,
+        add_to_softmax(logit_rows(slab, panel, v) + half, v, rows, slab.label + t, slab.map, softmax.max + t,
                        softmax.others + t, softmax.label_logit + t);
       }
     }
   }
 }
 
-void add_hidden_grad(const TokenPanels& tokens, int64_t v, int64_t rows, float* d_hidden) {
+// What the next tiles of d_hidden read: a tile fetches one line of each row of the next columns of W, or at a block's
+// end of the next rows, shared out among the panels; and for each panel some lines of its logits in the next block.
+inline Ahead after_columns(const Slab& slab, int64_t v, int64_t rows, int64_t h, int64_t panel) {
+  const int64_t steps = rounded_up(rows, kUnroll) / kUnroll, width = slab.width;
+  const int64_t next = h / kGroupColumns * kGroupColumns + kGroupColumns, tile = h % kGroupColumns / kTileRows;
+  const float* from = slab.weight + (next < width ? v * width + next : (v + rows) * width);
+  const int64_t line = smaller(tile, kGroupColumns / 16 - 1);
+  const int64_t logits_line = smaller(h / kTileRows * steps, kGradientRows * kLanes / 16);
+  return {bytes(from + line * 16 + panel * steps * width), bytes(logit_rows(slab, panel, v + rows) + logits_line * 16),
+          width * int64_t{sizeof(float)}, 64};
+}
+
+void add_hidden_grad(const Slab& slab, int64_t v, int64_t rows, const float* block, float* d_hidden) {
   alignas(64) float tiles[kGradientRows * kGroupColumns];
-  const int64_t width = tokens.width, depth = rounded_up(rows, kUnroll), steps = depth / kUnroll;
-  const int64_t panel_lines = kGradientRows * kLanes * sizeof(float) / 64;
+  const int64_t width = slab.width, depth = rounded_up(rows, kUnroll);
   for (int64_t group = 0; group < width; group += kGroupColumns) {
-    const float* from = tokens.weight + v * width + group;
     const int64_t columns = smaller(kGroupColumns, width - group);
-    copy_columns(from, width, rows, columns, depth, tiles);
-    // The next group's lines; after the last group, the next block's first.
-    const float* next = group + columns < width ? from + kGroupColumns : tokens.weight + (v + rows) * width;
-    for (int64_t c = 0; c < columns; c += kTileRows) {
-      for (int64_t panel = 0; panel < tokens.panels; ++panel) {
-        // A tile fetches one line of each row, shared out among the panels, and for each panel some lines of its logits
-        // in the next block.
-        const int64_t line = smaller(c / kTileRows, kGroupColumns / 16 - 1);
-        const int64_t logits_line = smaller((group + c) / kTileRows * steps, panel_lines);
-        const Ahead ahead = {bytes(next + line * 16 + panel * steps * width),
-                             bytes(logit_rows(tokens, panel, v + rows)) + logits_line * 64,
-                             width * int64_t{sizeof(float)}, 64};
-        float* to = d_hidden + (panel * padded_rows(width) + group + c) * kLanes;
-        multiply_tile<1, kTileRows, true>(depth, tiles + c * depth, logit_rows(tokens, panel, v), to, kLanes, ahead);
+    copy_columns(slab.weight + v * width + group, width, rows, columns, depth, tiles);
+    for (int64_t h = group; h < group + columns; h += kTileRows) {
+      for (int64_t panel = 0; panel < slab.panels; ++panel) {
+        const float* gradients = block + panel * kGradientRows * kLanes;
+        float* to = d_hidden + (panel * padded_rows(width) + h) * kLanes;
+        multiply_tile<1, kTileRows, true>(depth, tiles + (h - group) * depth, gradients, to, kLanes,
+                                          after_columns(slab, v, rows, h, panel));
       }
     }
   }
 }
 
-void add_bias_grad(const TokenPanels& tokens, int64_t v, int64_t rows, const float* scale, float* d_bias) {
+void add_bias_grad(const float* block, int64_t panels, int64_t rows, const float* scale, float* d_bias) {
   for (int64_t r = 0; r < rows; ++r) {
     Floats sums{};
-    for (int64_t panel = 0; panel < tokens.panels; ++panel) {
-      for (int64_t half = 0; half < kLanes; half += kWidth) {
-        const Floats factor = load(scale + panel * kLanes + half);
-        const Floats gradient = load(logit_rows(tokens, panel, v + r) + half);
-        sums += factor == 0 ? Floats{} : factor * gradient;
-      }
+    for (int64_t t = 0; t < panels * kLanes; t += kWidth) {
+      const Floats factor = load(scale + t);
+      const Floats gradient = load(block + (t / kLanes * kGradientRows + r) * kLanes + t % kLanes);
+      sums += factor == 0 ? Floats{} : factor * gradient;
     }
-    d_bias[v + r] += sum(sums);
+    d_bias[r] += sum(sums);
   }
 }
 
-void add_weight_grad(const float* gradients, int64_t stride, int64_t panels, int64_t rows, const float* scaled,
-                     const float* scale, int64_t width, float* d_weight) {
+void add_weight_grad(const float* block, int64_t panels, int64_t rows, const float* scaled, const float* scale,
+                     int64_t width, float* d_weight) {
   alignas(64) float tile[kTileRows * kRowStride], edge[kTileRows * kLanes];
   const int64_t tokens = panels * kLanes;
   for (int64_t r = 0; r < rows; r += kTileRows) {
     const int64_t tile_rows = smaller(kTileRows, rows - r);
     for (int64_t t = 0; t < tokens; t += kWidth) {
-      const float* from = gradients + (t / kLanes * stride + r) * kLanes + t % kLanes;
+      const float* from = block + (t / kLanes * kGradientRows + r) * kLanes + t % kLanes;
       for (int64_t i = 0; i < kTileRows; ++i) {
         const Floats gradient = load(from + (i < tile_rows ? i : 0) * kLanes);
         store(tile + i * kRowStride + t, load(scale + t) == 0 ? Floats{} : gradient);
@@ -276,24 +280,20 @@ void add_weight_grad(const float* gradients, int64_t stride, int64_t panels, int
   }
 }
 
-void gradients(const TokenPanels& tokens, int64_t begin, int64_t end, const TokenSoftmax& softmax,
-               const SlabGradients& to) {
-  for (int64_t v = begin; v < end; v += kGradientRows) {
-    const int64_t rows = smaller(kGradientRows, end - v);
-    for (int64_t panel = 0; panel < tokens.panels; ++panel) {
-      float* a = logit_rows(tokens, panel, v);
-      for (int64_t half = 0; half < kLanes; half += kWidth) {
-        const int64_t t = panel * kLanes + half;
-        to_gradients(a + half, v, rows, tokens.label + t, tokens.map, softmax.max + t, softmax.inverse + t,
-                     softmax.label_grad + t, to.squares + t);
-      }
-      memset(a + rows * kLanes, 0, (rounded_up(rows, kUnroll) - rows) * kLanes * sizeof(float));
+void gradients(const Slab& slab, const TokenSoftmax& softmax, const SlabGradients& to) {
+  for (int64_t v = slab.begin; v < slab.end; v += kGradientRows) {
+    const int64_t rows = smaller(kGradientRows, slab.end - v);
+    for (int64_t t = 0; t < slab.panels * kLanes; t += kWidth) {
+      const int64_t panel = t / kLanes, half = t % kLanes;
+      float* block = to.block + panel * kGradientRows * kLanes + half;
+      to_gradients(logit_rows(slab, panel, v) + half, v, rows, slab.label + t, slab.map, softmax.max + t,
+                   softmax.inverse + t, softmax.label_grad + t, to.squares + t, block);
+      for (int64_t r = rows; r < rounded_up(rows, kUnroll); ++r) store(block + r * kLanes, Floats{});
     }
-    if (to.d_hidden != nullptr) add_hidden_grad(tokens, v, rows, to.d_hidden);
-    if (to.d_bias != nullptr) add_bias_grad(tokens, v, rows, to.scale, to.d_bias);
+    if (to.d_hidden != nullptr) add_hidden_grad(slab, v, rows, to.block, to.d_hidden);
+    if (to.d_bias != nullptr) add_bias_grad(to.block, slab.panels, rows, to.scale, to.d_bias + v);
     if (to.d_weight != nullptr) {
-      add_weight_grad(logit_rows(tokens, 0, v), padded_rows(tokens.map.vocab), tokens.panels, rows, to.scaled, to.scale,
-                      tokens.width, to.d_weight + v * tokens.width);
+      add_weight_grad(to.block, slab.panels, rows, to.scaled, to.scale, slab.width, to.d_weight + v * slab.width);
     }
   }
 }

@@ -1,8 +1,9 @@
 // A chunk of tokens goes through the head twice, each thread with its own slab of the vocabulary:
 //   logits of the slab and their share of every token's softmax; then the whole softmax, token by token;
 //   gradients of the slab's logits, its part of d_hidden, its rows of d_weight; then the sum of the parts.
-// The logits of one chunk are all that is ever held. Results depend on the number of threads, as those of torch.mm do,
-// and on nothing else.
+// Where the slabs' parts of d_hidden would outgrow the logits, there are fewer slabs, and threads share the tokens as
+// well. Held are the logits of one chunk and these parts. Results depend on the number of threads, as those of torch.mm
+// do, and on nothing else.
 #include "cpu/tiled_loss.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -25,6 +26,13 @@ using torch::stable::parallel_for;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Bytes. A slab's logits stay below what malloc keeps for the next call: fresh memory costs 3% of the time.
+constexpr int64_t kMostSlab = int64_t{28} << 20;
+constexpr int64_t kSmallParts = int64_t{64} << 20;  // d_hidden's parts that need no reason
+
+constexpr int64_t kSumColumns = 64;
+constexpr int64_t kLeastTokens = 32;  // whose softmax is worth another thread
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 class TiledLoss {
@@ -39,32 +47,56 @@ class TiledLoss {
         results_(results),
         kernels_(kernels) {
     const int64_t chunks = ceil_div(tokens.size(), kMostTokens);
-    panels_ = chunks == 0 ? 0 : ceil_div(ceil_div(tokens.size(), chunks), lanes_);
-    slabs_ = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, ceil_div(map.vocab, kGradientRows));
+    panels_ = ceil_div(ceil_div(tokens.size(), chunks), lanes_);
+    const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
+    const int64_t most_slabs = ceil_div(map.vocab, kRowUnit), bytes = panels_ * lanes_ * int64_t{sizeof(float)};
+    int64_t workers = threads;
+    if (results.d_weight == nullptr && results.d_bias == nullptr) {  // else two groups would add to one row
+      workers = std::clamp<int64_t>(std::max(map.vocab, kSmallParts / bytes) / width, 1, threads);
+      groups_ = std::clamp<int64_t>(threads / std::min(workers, most_slabs), 1, panels_);
+    }
+    slabs_ = std::min(most_slabs, workers * ceil_div(map.vocab * bytes, workers * kMostSlab));
+    logits_.resize(slabs_);
   }
 
   void run(bool gradient) {
     for (int64_t begin = 0; begin < tokens_.size(); begin += panels_ * lanes_) {
       const int64_t count = std::min(panels_ * lanes_, tokens_.size() - begin);
-      const TokenPanels chunk = pack(begin, count);
+      const Slab chunk = pack(begin, count);
       softmax(chunk, begin, count);
       if (gradient) gradients(chunk, begin, count);
     }
   }
 
  private:
+  // What one thread does: a slab for some panels of the chunk, the first of which is that of `token`.
+  struct Share {
+    int64_t number, slab_number, token;
+    Slab slab;
+  };
+
   template <class Body>
-  void each_slab(const Body& body) {
-    const int64_t units = ceil_div(map_.vocab, kGradientRows);
-    parallel_for(0, slabs_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) {
-        const int64_t first = s * units / slabs_ * kGradientRows, last = (s + 1) * units / slabs_ * kGradientRows;
-        body(s, first, std::min(last, map_.vocab));
+  void each_share(const Slab& chunk, const Body& body) {
+    const int64_t units = ceil_div(map_.vocab, kRowUnit);
+    parallel_for(0, slabs_ * groups_, 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t number = i / groups_, group = i % groups_;
+        const int64_t panel = group * chunk.panels / groups_, last = (group + 1) * chunk.panels / groups_;
+        Slab slab = chunk;
+        slab.begin = number * units / slabs_ * kRowUnit;
+        slab.end = std::min((number + 1) * units / slabs_ * kRowUnit, map_.vocab);
+        slab.panels = last - panel;
+        slab.hidden += panel * padded_rows(width_) * lanes_;
+        slab.label += panel * lanes_;
+        slab.logits = static_cast<float*>(logits_[number]->mutable_data_ptr());
+        slab.logits += panel * padded_rows(slab.end - slab.begin) * lanes_;
+        body(Share{i, number, panel * lanes_, slab});
       }
     });
   }
 
-  TokenPanels pack(int64_t begin, int64_t count) {
+  // The chunk's tokens, without rows of the head.
+  Slab pack(int64_t begin, int64_t count) {
     const int64_t panels = ceil_div(count, lanes_), lanes = panels * lanes_, rows = padded_rows(width_);
     float* packed = reserve(packed_, lanes * rows);
     parallel_for(0, panels, 1, [&](int64_t from, int64_t to) {
@@ -77,51 +109,61 @@ class TiledLoss {
     });
     label_.assign(lanes, -1);
     for (int64_t t = 0; t < count; ++t) label_[t] = static_cast<int32_t>(tokens_.label[begin + t]);
-    float* logits = reserve(logits_, lanes * padded_rows(map_.vocab));
-    return {panels, width_, map_, weight_, packed, label_.data(), logits};
+    const int64_t slab_rows = ceil_div(ceil_div(map_.vocab, kRowUnit), slabs_) * kRowUnit;
+    for (auto& logits : logits_) reserve(logits, lanes * slab_rows);
+    return {0, 0, panels, width_, map_, weight_, packed, label_.data(), nullptr};
   }
 
-  void softmax(const TokenPanels& chunk, int64_t begin, int64_t count) {
+  void softmax(const Slab& chunk, int64_t begin, int64_t count) {
     const int64_t lanes = chunk.panels * lanes_;
     slab_max_.assign(slabs_ * lanes, -kInfinity);
     slab_others_.assign(slabs_ * lanes, 0);
     label_logit_.assign(lanes, 0);
-    each_slab([&](int64_t s, int64_t first, int64_t last) {
-      kernels_.logits(chunk, first, last, {&slab_max_[s * lanes], &slab_others_[s * lanes], label_logit_.data()});
+    each_share(chunk, [&](const Share& share) {
+      const int64_t t = share.slab_number * lanes + share.token;
+      kernels_.logits(share.slab, {&slab_max_[t], &slab_others_[t], &label_logit_[share.token]});
     });
-    // Lanes without a token: p = exp(z - inf) * 0.
+    // Lanes without a token: p = exp(z - inf) * 0, or NaN beside a NaN in W, and of scale 0 either way.
     max_.assign(lanes, kInfinity);
     inverse_.assign(lanes, 0);
     label_grad_.assign(lanes, 0);
-    for (int64_t t = 0; t < count; ++t) {
-      float max_others = -kInfinity;
-      for (int64_t i = t; i < slabs_ * lanes; i += lanes) max_others = std::max(max_others, slab_max_[i]);
-      const float z_label = label_[t] < 0 ? std::nanf("") : label_logit_[t];
-      max_[t] = z_label > max_others ? z_label : max_others;
-      double others = 0;
-      for (int64_t i = t; i < slabs_ * lanes; i += lanes) {
-        const bool none = slab_max_[i] == -kInfinity;  // but perhaps a NaN
-        others += slab_others_[i] * (none ? 1 : std::exp(double(slab_max_[i]) - max_[t]));
-      }
-      const double distance = double(max_[t]) - z_label, total = others + std::exp(-distance);
-      results_.nll[begin + t] = float(distance == 0 ? std::log1p(others) : std::log(total) + distance);
-      inverse_[t] = float(1 / total);
-      label_grad_[t] = float(-others / total);
-    }
+    parallel_for(0, count, kLeastTokens, [&](int64_t from, int64_t to) {
+      for (int64_t t = from; t < to; ++t) finish_softmax(t, lanes, results_.nll[begin + t]);
+    });
   }
 
-  void gradients(const TokenPanels& chunk, int64_t begin, int64_t count) {
+  void finish_softmax(int64_t t, int64_t lanes, float& nll) {
+    float max_others = -kInfinity;
+    for (int64_t i = t; i < slabs_ * lanes; i += lanes) max_others = std::max(max_others, slab_max_[i]);
+    const float z_label = label_[t] < 0 ? std::nanf("") : label_logit_[t];
+    max_[t] = z_label > max_others ? z_label : max_others;
+    double others = 0;
+    for (int64_t i = t; i < slabs_ * lanes; i += lanes) {
+      const bool none = slab_max_[i] == -kInfinity;  // but perhaps a NaN
+      others += slab_others_[i] * (none ? 1 : std::exp(double(slab_max_[i]) - max_[t]));
+    }
+    const double distance = double(max_[t]) - z_label, total = others + std::exp(-distance);
+    nll = float(distance == 0 ? std::log1p(others) : std::log(total) + distance);
+    inverse_[t] = float(1 / total);
+    label_grad_[t] = float(-others / total);
+  }
+
+  void gradients(const Slab& chunk, int64_t begin, int64_t count) {
     const int64_t lanes = chunk.panels * lanes_, part = padded_rows(width_) * lanes;
     squares_.assign(slabs_ * lanes, 0);
     float* d_parts = results_.d_hidden == nullptr ? nullptr : reserve(d_parts_, slabs_ * part);
     scale_.assign(lanes, 0);
     std::copy_n(&tokens_.scale[begin], count, scale_.begin());
     const float* scaled = results_.d_weight == nullptr ? nullptr : scale_rows(begin, count, lanes);
-    each_slab([&](int64_t s, int64_t first, int64_t last) {
-      float* d_part = d_parts == nullptr ? nullptr : d_parts + s * part;
-      if (d_part != nullptr) std::memset(d_part, 0, part * sizeof(float));
-      kernels_.gradients(chunk, first, last, {max_.data(), inverse_.data(), label_grad_.data()},
-                         {&squares_[s * lanes], d_part, scaled, scale_.data(), results_.d_weight, results_.d_bias});
+    const int64_t block = chunk.panels * lanes_ * kGradientRows;
+    float* blocks = reserve(blocks_, slabs_ * groups_ * block);
+    each_share(chunk, [&](const Share& share) {
+      const int64_t t = share.token, columns = padded_rows(width_) * lanes_;
+      float* d_part = d_parts == nullptr ? nullptr : d_parts + share.slab_number * part + t / lanes_ * columns;
+      if (d_part != nullptr) std::memset(d_part, 0, share.slab.panels * columns * sizeof(float));
+      kernels_.gradients(share.slab, {&max_[t], &inverse_[t], &label_grad_[t]},
+                         {blocks + share.number * block, &squares_[share.slab_number * lanes + t], d_part, scaled,
+                          &scale_[t], results_.d_weight, results_.d_bias});
     });
     for (int64_t t = 0; t < count; ++t) {
       double squares = double(label_grad_[t]) * label_grad_[t];
@@ -138,15 +180,20 @@ class TiledLoss {
   }
 
   void sum_parts(const float* d_parts, int64_t begin, int64_t count, int64_t lanes) {
-    const int64_t rows = padded_rows(width_);
-    parallel_for(0, count, grain(width_), [&](int64_t from, int64_t to) {
-      for (int64_t t = from; t < to; ++t) {
-        const float* lane = d_parts + t / lanes_ * rows * lanes_ + t % lanes_;
-        float* row = results_.d_hidden + (begin + t) * width_;
-        for (int64_t h = 0; h < width_; ++h) {
-          float sum = 0;
-          for (int64_t s = 0; s < slabs_; ++s) sum += lane[s * rows * lanes + h * lanes_];
-          row[h] = sum;
+    const int64_t rows = padded_rows(width_), blocks = ceil_div(width_, kSumColumns);
+    parallel_for(0, lanes / lanes_ * blocks, 1, [&](int64_t from, int64_t to) {
+      std::vector<float> sum(kSumColumns * lanes_);
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t first = i / blocks * lanes_, h = i % blocks * kSumColumns, n = std::min(kSumColumns, width_ - h);
+        const float* part = d_parts + (i / blocks * rows + h) * lanes_;
+        std::copy_n(part, n * lanes_, sum.begin());
+        for (int64_t s = 1; s < slabs_; ++s) {
+          part += rows * lanes;
+          for (int64_t j = 0; j < n * lanes_; ++j) sum[j] += part[j];
+        }
+        for (int64_t t = first; t < std::min(first + lanes_, count); ++t) {
+          float* row = results_.d_hidden + (begin + t) * width_ + h;
+          for (int64_t j = 0; j < n; ++j) row[j] = sum[j * lanes_ + t - first];
         }
       }
     });
@@ -159,8 +206,9 @@ class TiledLoss {
   LossResults<float>& results_;
   const TileKernels& kernels_;
   const int64_t lanes_ = kernels_.lanes;
-  int64_t panels_, slabs_;  // panels of a whole chunk
-  std::optional<Tensor> packed_, logits_, scaled_, d_parts_;
+  int64_t panels_, slabs_ = 1, groups_ = 1;  // panels of a whole chunk; parts of the vocabulary, and of the panels
+  std::optional<Tensor> packed_, blocks_, scaled_, d_parts_;
+  std::vector<std::optional<Tensor>> logits_;  // of each slab
   std::vector<int32_t> label_;
   std::vector<float> slab_max_, label_logit_, max_, inverse_, label_grad_, scale_;
   std::vector<double> slab_others_, squares_;

@@ -9,8 +9,8 @@
 
 namespace lead_fast::cpu {
 
-// hidden: [M, H], the supervised tokens' rows; weight: [V, H]. `gradient`: results.logit_grad_sq and the gradients that
-// are not null.
+// hidden: [M, H] with M > 0, the supervised tokens' rows; weight: [V, H]. `gradient`: results.logit_grad_sq and the
+// gradients that are not null.
 void tiled_loss(const float* hidden, const float* weight, int64_t width, const LogitMap& map,
                 const SupervisedTokens& tokens, const TileKernels& kernels, bool gradient, LossResults<float>& results);
 

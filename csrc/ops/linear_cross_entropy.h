@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 
 namespace lead_fast {
@@ -21,8 +22,11 @@ inline void check_linear_cross_entropy(const torch::stable::Tensor& hidden, cons
                   " dimensions");
   const int64_t tokens = hidden.size(0);
   const auto dtype = hidden.scalar_type();
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == hidden.size(1) && weight.size(0) > 0,
-                  "linear_cross_entropy: `weight` must be [V, ", hidden.size(1), "] with V > 0, got another shape");
+  STD_TORCH_CHECK(hidden.size(1) > 0, "linear_cross_entropy: `hidden` must be [T, H] with H > 0, got H = 0");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == hidden.size(1) && weight.size(0) > 0 &&
+                      weight.size(0) <= std::numeric_limits<int32_t>::max(),
+                  "linear_cross_entropy: `weight` must be [V, ", hidden.size(1),
+                  "] with 0 < V < 2^31, got another shape");
   STD_TORCH_CHECK(weight.scalar_type() == dtype, "linear_cross_entropy: `weight` must have the dtype of `hidden`");
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == dtype,
