@@ -2,8 +2,8 @@
 //   logits of the slab and their share of every token's softmax; then the whole softmax, token by token;
 //   gradients of the slab's logits, its part of d_hidden, its rows of d_weight; then the sum of the parts.
 // Where the slabs' parts of d_hidden would outgrow the logits, there are fewer slabs, and threads share the tokens as
-// well. Held are the logits of one chunk and these parts. Results depend on the number of threads, as those of torch.mm
-// do, and on nothing else.
+// well. Held are the logits of one chunk, in memory that the process keeps, and these parts. Results depend on the
+// number of threads, as those of torch.mm do, and on nothing else.
 #include "cpu/tiled_loss.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +14,7 @@
 #include <limits>
 #include <optional>
 
+#include "cpu/kept_buffer.h"
 #include "cpu/matmul.h"
 #include "cpu/scaled_columns.h"
 #include "cpu/tile_kernels.h"
@@ -26,10 +27,7 @@ using torch::stable::parallel_for;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Bytes. A slab's logits stay below what malloc keeps for the next call: fresh memory costs 3% of the time.
-constexpr int64_t kMostSlab = int64_t{28} << 20;
-constexpr int64_t kSmallParts = int64_t{64} << 20;  // d_hidden's parts that need no reason
-
+constexpr int64_t kSmallParts = int64_t{64} << 20;  // bytes of d_hidden's parts that need no reason
 constexpr int64_t kSumColumns = 64;
 constexpr int64_t kLeastTokens = 32;  // whose softmax is worth another thread
 
@@ -49,14 +47,11 @@ class TiledLoss {
     const int64_t chunks = ceil_div(tokens.size(), kMostTokens);
     panels_ = ceil_div(ceil_div(tokens.size(), chunks), lanes_);
     const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
-    const int64_t most_slabs = ceil_div(map.vocab, kRowUnit), bytes = panels_ * lanes_ * int64_t{sizeof(float)};
-    int64_t workers = threads;
-    if (results.d_weight == nullptr && results.d_bias == nullptr) {  // else two groups would add to one row
-      workers = std::clamp<int64_t>(std::max(map.vocab, kSmallParts / bytes) / width, 1, threads);
-      groups_ = std::clamp<int64_t>(threads / std::min(workers, most_slabs), 1, panels_);
-    }
-    slabs_ = std::min(most_slabs, workers * ceil_div(map.vocab * bytes, workers * kMostSlab));
-    logits_.resize(slabs_);
+    slabs_ = std::min(threads, ceil_div(map.vocab, kRowUnit));
+    if (results.d_weight != nullptr || results.d_bias != nullptr) return;  // two groups would add to one row
+    const int64_t small_rows = kSmallParts / (panels_ * lanes_ * int64_t{sizeof(float)});
+    slabs_ = std::clamp<int64_t>(std::max(map.vocab, small_rows) / width, 1, slabs_);
+    groups_ = std::clamp<int64_t>(threads / slabs_, 1, panels_);
   }
 
   void run(bool gradient) {
@@ -88,14 +83,13 @@ class TiledLoss {
         slab.panels = last - panel;
         slab.hidden += panel * padded_rows(width_) * lanes_;
         slab.label += panel * lanes_;
-        slab.logits = static_cast<float*>(logits_[number]->mutable_data_ptr());
-        slab.logits += panel * padded_rows(slab.end - slab.begin) * lanes_;
+        slab.logits += (slab.begin * chunk.panels + panel * padded_rows(slab.end - slab.begin)) * lanes_;
         body(Share{i, number, panel * lanes_, slab});
       }
     });
   }
 
-  // The chunk's tokens, without rows of the head.
+  // The chunk, before it is shared out.
   Slab pack(int64_t begin, int64_t count) {
     const int64_t panels = ceil_div(count, lanes_), lanes = panels * lanes_, rows = padded_rows(width_);
     float* packed = reserve(packed_, lanes * rows);
@@ -109,9 +103,8 @@ class TiledLoss {
     });
     label_.assign(lanes, -1);
     for (int64_t t = 0; t < count; ++t) label_[t] = static_cast<int32_t>(tokens_.label[begin + t]);
-    const int64_t slab_rows = ceil_div(ceil_div(map_.vocab, kRowUnit), slabs_) * kRowUnit;
-    for (auto& logits : logits_) reserve(logits, lanes * slab_rows);
-    return {0, 0, panels, width_, map_, weight_, packed, label_.data(), nullptr};
+    float* logits = logits_.reserve(lanes * padded_rows(map_.vocab));  // of one slab after the other
+    return {0, map_.vocab, panels, width_, map_, weight_, packed, label_.data(), logits};
   }
 
   void softmax(const Slab& chunk, int64_t begin, int64_t count) {
@@ -208,7 +201,7 @@ class TiledLoss {
   const int64_t lanes_ = kernels_.lanes;
   int64_t panels_, slabs_ = 1, groups_ = 1;  // panels of a whole chunk; parts of the vocabulary, and of the panels
   std::optional<Tensor> packed_, blocks_, scaled_, d_parts_;
-  std::vector<std::optional<Tensor>> logits_;  // of each slab
+  KeptBuffer logits_;
   std::vector<int32_t> label_;
   std::vector<float> slab_max_, label_logit_, max_, inverse_, label_grad_, scale_;
   std::vector<double> slab_others_, squares_;
