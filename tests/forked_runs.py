@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,15 @@ class Run:
 
     def wait_until_held(self) -> bool:
         """True when it stands at the call; False when it ended without reaching it."""
-        while not self.held.exists():
-            if not _alive(self.pid):
-                return False
+        self.wait_until(lambda: self.held.exists() or not _alive(self.pid))
+        return self.held.exists()
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
+        """Looks again and again; a run that does not come so far fails the test with its log."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.002)
-        return True
 
 
 class Runs:

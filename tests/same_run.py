@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +61,8 @@ def finished(run: Run) -> None:
 
 def wait_for_rounds(run: Run, out: Path, number: int) -> None:
     """Returns when rounds.jsonl has so many lines."""
-    deadline = time.monotonic() + 60.0
     path = out / "rounds.jsonl"
-    while not path.exists() or path.read_bytes().count(b"\n") < number:
-        assert time.monotonic() < deadline, run.log.read_text()
-        time.sleep(0.002)
+    run.wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= number)
 
 
 def rounds_of(out: Path) -> list[dict[str, Any]]:

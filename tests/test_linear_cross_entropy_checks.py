@@ -102,7 +102,7 @@ def test_the_extension_checks_a_direct_call() -> None:
         operator(given["hidden"], given["weight"], None, given["labels"], given["cu_seqlens"], *rest)
     with pytest.raises(RuntimeError, match="`labels` must be int64"):
         operator(given["hidden"], given["weight"], None, given["labels"][:-1], torch.tensor([0, T]), *rest)
-    with pytest.raises(RuntimeError, match="`hidden` must be .* with H > 0"):
+    with pytest.raises(RuntimeError, match=r"`hidden` must be .* with H > 0"):
         nothing = (given["hidden"][:, :0], given["weight"][:, :0])
         operator(*nothing, None, given["labels"], torch.tensor([0, T]), *rest)
 

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -126,8 +125,7 @@ def test_a_first_process_that_is_slow_still_writes_before_all_end(runs, referenc
     wait_for_rounds(ranks[0], out, 2)
     for rank in ranks:
         os.kill(rank.pid, signal.SIGTERM)
-    while "SIGTERM" not in ranks[0].log.read_text():
-        time.sleep(0.002)
+    ranks[0].wait_until(lambda: "SIGTERM" in ranks[0].log.read_text())
     os.kill(ranks[0].pid, signal.SIGTERM)  # no second request
     assert ranks[1].wait() == 143
     (path,) = Checkpoints(out / "checkpoints").paths()  # there when the first of them ends

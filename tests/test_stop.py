@@ -64,8 +64,7 @@ def test_a_second_signal_stops_at_once(runs, reference, tmp_path):
     assert run.wait_until_held()
     before = checkpoints_of(out)
     os.kill(run.pid, signal.SIGTERM)
-    while "SIGTERM" not in run.log.read_text():
-        time.sleep(0.002)
+    run.wait_until(lambda: "SIGTERM" in run.log.read_text())
     os.kill(run.pid, signal.SIGTERM)
     assert run.wait() == 143
     assert checkpoints_of(out) == before and not list(out.glob("checkpoints/.*"))

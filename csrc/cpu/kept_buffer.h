@@ -8,7 +8,7 @@
 
 namespace lead_fast::cpu {
 
-// For what is large and needed at every step: 50 MB of fresh pages cost a call that computes for a second 3% to 8%.
+// For what is large and needed at every step: 50 MB of fresh pages cost a call that computes for a second 2% to 4%.
 // Calls that run at the same time have one each; the largest that is not above 256 MiB stays.
 class KeptBuffer {
  public:

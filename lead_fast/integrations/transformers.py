@@ -84,14 +84,18 @@ class LeadRounds(_Host):
     def _follow_weights(self) -> None:
         """Shows estimators, and those that watch by now, the weights and gradients that they follow."""
         followers = [name for name, estimator in self.engine.estimators.items() if estimator.needs_weights]
-        if followers and self.is_fsdp_enabled:
-            raise ValueError(f"{type(self).__name__}: `estimator` {followers[0]} follows whole weights, which FSDP shards")
+        if followers and (self.is_fsdp_enabled or self._zero_stage == 3):
+            raise ValueError(f"{type(self).__name__}: `estimator` {followers[0]} follows whole weights, which are sharded here")
         self.engine.track(parameter for _, parameter in trained_parameters(self._packed))
         self._first_order = next((e for e in self.engine.estimators.values() if isinstance(e, FirstOrder)), None)
         if self._first_order is not None and self._ranks.world > 1:
             raise ValueError(f"{type(self).__name__}: `estimator` first_order runs in one process, got {self._ranks.world}")
         if self._first_order is not None and self._first_order.sketch is None:
             self._first_order.follow(self._packed.model, seed=self.engine.config.seed)
+
+    @property
+    def _zero_stage(self) -> int:
+        return self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
 
     # Data.
 
