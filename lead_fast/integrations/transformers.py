@@ -95,7 +95,8 @@ class LeadRounds(_Host):
 
     @property
     def _zero_stage(self) -> int:
-        return self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+        plugin: Any = self.accelerator.state.deepspeed_plugin
+        return plugin.zero_stage if self.is_deepspeed_enabled else 0
 
     # Data.
 
