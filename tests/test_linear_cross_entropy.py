@@ -138,6 +138,29 @@ def test_threads_share_the_vocabulary(backend: tuple[str, str], dtype: torch.dty
         torch.set_num_threads(before)
 
 
+def test_an_early_thread_takes_logits_from_the_others() -> None:
+    """More threads than cores are never equally far: whoever computes a block, its sums are the same to the bit."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1000, 96, requires_grad=True), torch.randn(9000, 96) / 10
+    labels, boundaries = torch.randint(9000, (1000,)), torch.tensor([0, 1000])
+
+    def run(backend: str) -> list[torch.Tensor]:
+        out = linear_cross_entropy(hidden, weight, labels, boundaries, backend=backend)
+        assert out.samples is not None
+        return [out.loss.detach(), *torch.autograd.grad(out.loss, hidden), *out.samples]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        first, *others = [run("cpp") for _ in range(10)]
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    for got, expected in zip(first, run("reference"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize(("threads", "tokens", "width", "vocab"), [(7, 130, 700, 300), (9, 100, 40, 50), (40, 260, 1200, 90)])
 def test_more_threads_than_the_vocabulary_gives_work_to(threads, tokens, width, vocab, frozen) -> None:

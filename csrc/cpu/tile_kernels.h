@@ -5,8 +5,9 @@
 //   a [v, t]  = sum_h W [v, h] hidden [h, t]
 //   d [h, t] += sum_v W [v, h] (d nll / d a) [v, t]
 // read the head as it lies in memory, one value for all lanes of a panel, and the softmax over the vocabulary needs no
-// sum across lanes. What a product has just made is used while it is in the cache: the logits enter their softmax by
-// blocks of kSoftmaxRows, and are turned into blocks of kGradientRows gradients that the second product reads at once.
+// sum across lanes. What a product has just made is used while it is in the cache: each block of kSoftmaxRows logits
+// has a softmax of its own, which leaves exp(z - the block's max) in the logits' place; these become blocks of
+// kGradientRows gradients by one factor a block and token, and the second product reads them at once.
 //
 // One source (tile_kernels_impl.h) is compiled for each instruction set that gains by it.
 #pragma once
@@ -19,7 +20,8 @@ namespace lead_fast::cpu {
 
 constexpr int64_t kMostTokens = 256;    // of a chunk: of 576 values each, they fill half of a 1 MiB L2
 constexpr int64_t kMostDepth = 640;     // of a product's sums before they go to memory; no more tokens at once either
-constexpr int64_t kGradientRows = 192;  // of a block of gradients
+constexpr int64_t kSoftmaxRows = 96;    // of a block of logits
+constexpr int64_t kGradientRows = 192;  // of a block of gradients: whole blocks of logits
 constexpr int64_t kRowUnit = 24;        // the tiles of every instruction set divide it: a slab begins at a multiple
 
 // Rows for which a panel has room.
@@ -33,19 +35,22 @@ struct Slab {
   const float* weight;   // [V, H]
   const float* hidden;   // [panels, padded_rows(H), lanes], zeros in the padding
   const int32_t* label;  // [panels * lanes], -1: none
-  float* logits;         // [panels, padded_rows(end - begin), lanes]; a label's own is -inf once its softmax has it
+  // [panels, padded_rows(end - begin), lanes]: exp(z - max of the block), 0 at a label; with a softcap, a instead.
+  // Null: not kept.
+  float* logits;
 };
 
-// One slab's share of the tokens' softmax, [panels * lanes] each.
-struct SlabSoftmax {
-  float* max;          // of the logits but the label's; -inf to begin with
-  double* others;      // their sum of exp(z - max); 0 to begin with
-  float* label_logit;  // set by the slab that has the label
+// Blocks of logits, [blocks, panels * lanes] each with rows of `stride` values.
+struct SoftmaxBlocks {
+  int64_t stride;
+  float* max;     // of the logits but the label's; -inf where there is none
+  float* others;  // their sum of exp(z - max)
+  float* factor;  // exp(max - the token's max) / the token's sum: it turns exp(z - max) into p
 };
 
 // The whole softmax, [panels * lanes] each: p_v = exp(z_v - max) * inverse but at the label, p - 1 = label_grad there.
 struct TokenSoftmax {
-  const float *max, *inverse, *label_grad;
+  float *label_logit, *max, *inverse, *label_grad;
 };
 
 // What a slab adds to; null where not asked for.
@@ -61,10 +66,16 @@ struct SlabGradients {
 
 struct TileKernels {
   int64_t lanes;
-  // The slab's logits, and their share of the softmax.
-  void (*logits)(const Slab& slab, const SlabSoftmax& softmax);
+  // The logits of the slab's rows [from, to), whole blocks: softmax.max, softmax.others and the label_logit of tokens
+  // whose label is among them. `scratch` [panels, kSoftmaxRows, lanes] has the logits where the slab keeps none.
+  void (*logits)(const Slab& slab, int64_t from, int64_t to, const SoftmaxBlocks& softmax, float* label_logit,
+                 float* scratch);
+  // One panel's softmax from all its `blocks`, and softmax.factor; `count` lanes have tokens, whose losses go to `nll`.
+  void (*softmax)(const SoftmaxBlocks& blocks_softmax, int64_t blocks, const int32_t* label, int64_t count,
+                  const TokenSoftmax& softmax, float* nll);
   // d nll / d a of the slab's logits enters the gradients.
-  void (*gradients)(const Slab& slab, const TokenSoftmax& softmax, const SlabGradients& to);
+  void (*gradients)(const Slab& slab, const SoftmaxBlocks& blocks, const TokenSoftmax& softmax,
+                    const SlabGradients& to);
   // d_weight [rows, width] += the product of the first `rows` rows of `block` and `scaled`, both as in SlabGradients.
   void (*add_weight_grad)(const float* block, int64_t panels, int64_t rows, const float* scaled, const float* scale,
                           int64_t width, float* d_weight);

@@ -3,7 +3,7 @@
 //
 // Bytes and flops at (2048, 576, 49152) with AVX-512: a tile's inner loop is 24 multiply-adds of a vector for 2 loads
 // and 12 broadcasts, bound by the multipliers; W (113 MB) comes from memory twice a chunk of 256 tokens, 1.8 GB in all,
-// fetched ahead by the tiles themselves; the chunk's logits (50 MB) are written once and read once.
+// fetched ahead by the tiles themselves; the chunk's logits (50 MB) go to memory once and come back once.
 #pragma once
 
 #include "cpu/tile_kernels.h"
@@ -15,12 +15,11 @@ namespace {
 constexpr int64_t kLanes = 2 * kWidth;
 constexpr int kTileRows = kWidth == 16 ? 12 : 6;  // two vectors of sums a row fill the registers
 constexpr int kUnroll = 8;
-constexpr int64_t kSoftmaxRows = 96;
 constexpr int64_t kGroupColumns = 48;            // of W in d_hidden's tiles: whole cache lines
 constexpr int64_t kRowStride = kMostDepth + 16;  // of a tile's rows in the buffer: not in the same cache set
 
 static_assert(kRowUnit % kTileRows == 0 && kRowUnit % kUnroll == 0 && kSoftmaxRows % kRowUnit == 0);
-static_assert(kGradientRows % kRowUnit == 0 && kGroupColumns % kTileRows == 0 && kMostTokens <= kMostDepth);
+static_assert(kGradientRows % kSoftmaxRows == 0 && kGroupColumns % kTileRows == 0 && kMostTokens <= kMostDepth);
 
 constexpr int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -69,85 +68,123 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const float* a, cons
   }
 }
 
-inline bool is_identity(const LogitMap& map) {
-  return map.bias == nullptr && map.logit_scale == 1.0f && !(map.softcap > 0);
-}
-
-// Rows of one vector each.
-struct VectorRows {
-  float* at;
-  int64_t stride;
-};
-
-// Logits of one half of a panel's lanes for `rows` rows from `v`: where they are, or in `buffer` where the map changes
-// them; then and unless null also their derivatives dz/da in `slopes`.
-inline VectorRows to_logits(float* a, int64_t v, int64_t rows, const LogitMap& map, float* buffer, float* slopes) {
-  if (is_identity(map)) return {a, kLanes};
+// z of `rows` rows from `v` for one vector of tokens, from their `a` at `from`; unless null also dz/da in `slopes`.
+// Rows of `z` are `stride` apart, those of `slopes` kWidth. z = a needs no work where it is to be in its place.
+void to_logits(const float* from, int64_t v, int64_t rows, const LogitMap& map, float* z, int64_t stride,
+               float* slopes) {
+  if (z == from && map.bias == nullptr && map.logit_scale == 1.0f && !(map.softcap > 0)) return;
   for (int64_t r = 0; r < rows; ++r) {
-    Floats z = load(a + r * kLanes);
-    if (map.bias != nullptr) z += map.bias[v + r];
-    z *= map.logit_scale;
-    Floats slope = broadcast(map.logit_scale);
+    Floats x = load(from + r * kLanes);
+    if (map.bias != nullptr) x += map.bias[v + r];
+    x *= map.logit_scale;
     if (map.softcap > 0) {
-      const TanhParts tanh = tanh_parts(z / map.softcap);
-      z = map.softcap * tanh.value;
-      slope *= tanh.slope;
+      const TanhParts tanh = tanh_parts(x / map.softcap);
+      x = map.softcap * tanh.value;
+      if (slopes != nullptr) store(slopes + r * kWidth, map.logit_scale * tanh.slope);
     }
-    store(buffer + r * kWidth, z);
-    if (slopes != nullptr) store(slopes + r * kWidth, slope);
+    store(z + r * stride, x);
   }
-  return {buffer, kWidth};
 }
 
-void add_to_softmax(float* a, int64_t v, int64_t rows, const int32_t* label, const LogitMap& map, float* max,
-                    double* others, float* label_logit) {
+// A block of logits for one vector of tokens. Behind a softcap their `a` stays for the gradient.
+void block_softmax(float* a, int64_t v, int64_t rows, const int32_t* label, const LogitMap& map, float* max,
+                   float* others, float* label_logit) {
   alignas(64) float buffer[kSoftmaxRows * kWidth];
-  const VectorRows z = to_logits(a, v, rows, map, buffer, nullptr);
+  const bool capped = map.softcap > 0;
+  float* const z = capped ? buffer : a;
+  const int64_t stride = capped ? kWidth : kLanes;
+  to_logits(a, v, rows, map, z, stride, nullptr);
   for (int lane = 0; lane < kWidth; ++lane) {
     if (v <= label[lane] && label[lane] < v + rows) {
-      float& logit = z.at[(label[lane] - v) * z.stride + lane];
+      float& logit = z[(label[lane] - v) * stride + lane];
       label_logit[lane] = logit;
       logit = -INFINITY;
     }
   }
-  const Floats before = load(max);
-  Floats largest = before;
+  Floats largest = broadcast(-INFINITY);
   for (int64_t r = 0; r < rows; ++r) {
-    const Floats x = load(z.at + r * z.stride);
+    const Floats x = load(z + r * stride);
     largest = x > largest ? x : largest;
   }
   const Floats shift = largest == -INFINITY ? Floats{} : largest;
   Floats sums{};
-  for (int64_t r = 0; r < rows; ++r) sums += exp_nonpositive(load(z.at + r * z.stride) - shift);
-  for (int lane = 0; lane < kWidth; ++lane) {
-    // In double: logits that rise along the vocabulary rescale in each block, and would add the rounding of each.
-    if (before[lane] != largest[lane]) others[lane] *= exp(double(before[lane]) - largest[lane]);
-    others[lane] += sums[lane];
+  for (int64_t r = 0; r < rows; ++r) {
+    const Floats e = exp_nonpositive(load(z + r * stride) - shift);
+    sums += e;
+    store(z + r * stride, e);
   }
   store(max, largest);
+  store(others, sums);
 }
 
-void to_gradients(float* a, int64_t v, int64_t rows, const int32_t* label, const LogitMap& map, const float* max,
-                  const float* inverse, const float* label_grad, double* squares, float* gradients) {
-  alignas(64) float buffer[kGradientRows * kWidth], slopes[kGradientRows * kWidth];
-  const VectorRows z = to_logits(a, v, rows, map, buffer, slopes);
-  const bool identity = is_identity(map);
-  const auto labelled = [&](int lane) { return v <= label[lane] && label[lane] < v + rows; };
-  for (int lane = 0; lane < kWidth && !identity; ++lane) {
-    if (labelled(lane)) z.at[(label[lane] - v) * z.stride + lane] = -INFINITY;
+void softmax(const SoftmaxBlocks& blocks_softmax, int64_t blocks, const int32_t* label, int64_t count,
+             const TokenSoftmax& softmax, float* nll) {
+  const int64_t stride = blocks_softmax.stride;
+  for (int64_t half = 0; half < kLanes; half += kWidth) {
+    const float *max = blocks_softmax.max + half, *others = blocks_softmax.others + half;
+    Floats largest = broadcast(-INFINITY);
+    for (int64_t b = 0; b < blocks; ++b) largest = load(max + b * stride) > largest ? load(max + b * stride) : largest;
+    const Floats shift = largest == -INFINITY ? Floats{} : largest;
+    double totals[kWidth] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Floats part = exp_nonpositive(load(max + b * stride) - shift) * load(others + b * stride);
+      for (int lane = 0; lane < kWidth; ++lane) totals[lane] += part[lane];
+    }
+    for (int lane = 0; lane < kWidth; ++lane) {
+      const int64_t t = half + lane;
+      if (t >= count) {  // p = exp(z - max) * 0, or NaN beside a NaN in W, and of scale 0 either way
+        softmax.max[t] = INFINITY;
+        softmax.inverse[t] = softmax.label_grad[t] = 0;
+        continue;
+      }
+      const float z_label = label[t] < 0 ? NAN : softmax.label_logit[t];
+      const float top = z_label > largest[lane] ? z_label : largest[lane];
+      const bool none = largest[lane] == -INFINITY;  // but perhaps a NaN
+      const double rest = totals[lane] * (none ? 1 : exp(double(largest[lane]) - top));
+      const double distance = double(top) - z_label, total = rest + exp(-distance);
+      nll[t] = float(distance == 0 ? log1p(rest) : log(total) + distance);
+      softmax.max[t] = top;
+      softmax.inverse[t] = float(1 / total);
+      softmax.label_grad[t] = float(-rest / total);
+    }
+    const Floats top = load(softmax.max + half), inverse = load(softmax.inverse + half);
+    for (int64_t b = 0; b < blocks; ++b) {
+      store(blocks_softmax.factor + b * stride + half, exp_nonpositive(load(max + b * stride) - top) * inverse);
+    }
   }
-  const Floats top = load(max), over_total = load(inverse);
+}
+
+// A block of logits for one vector of tokens, after block_softmax.
+void to_gradients(const float* logits, int64_t v, int64_t rows, const int32_t* label, const LogitMap& map,
+                  const float* factor, const TokenSoftmax& softmax, double* squares, float* gradients) {
+  alignas(64) float buffer[kSoftmaxRows * kWidth], slopes[kSoftmaxRows * kWidth];
+  const auto labelled = [&](int lane) { return v <= label[lane] && label[lane] < v + rows; };
   Floats sums{};
-  for (int64_t r = 0; r < rows; ++r) {
-    const Floats p = exp_nonpositive(load(z.at + r * z.stride) - top) * over_total;
-    sums += p * p;
-    store(gradients + r * kLanes, identity ? p : p * load(slopes + r * kWidth));
+  if (map.softcap > 0) {
+    to_logits(logits, v, rows, map, buffer, kWidth, slopes);
+    for (int lane = 0; lane < kWidth; ++lane) {
+      if (labelled(lane)) buffer[(label[lane] - v) * kWidth + lane] = -INFINITY;
+    }
+    const Floats top = load(softmax.max), inverse = load(softmax.inverse);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Floats p = exp_nonpositive(load(buffer + r * kWidth) - top) * inverse;
+      sums += p * p;
+      store(gradients + r * kLanes, p * load(slopes + r * kWidth));
+    }
+  } else {
+    const Floats to_p = load(factor);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Floats p = load(logits + r * kLanes) * to_p;
+      sums += p * p;
+      store(gradients + r * kLanes, p * map.logit_scale);
+    }
   }
   for (int lane = 0; lane < kWidth; ++lane) {
     squares[lane] += sums[lane];
     if (!labelled(lane)) continue;
     const int64_t r = label[lane] - v;
-    gradients[r * kLanes + lane] = identity ? label_grad[lane] : label_grad[lane] * slopes[r * kWidth + lane];
+    const float slope = map.softcap > 0 ? slopes[r * kWidth + lane] : map.logit_scale;
+    gradients[r * kLanes + lane] = softmax.label_grad[lane] * slope;
   }
 }
 
@@ -180,32 +217,33 @@ inline float* logit_rows(const Slab& slab, int64_t panel, int64_t v) {
   return slab.logits + (panel * padded_rows(slab.end - slab.begin) + v - slab.begin) * kLanes;
 }
 
-void logits(const Slab& slab, const SlabSoftmax& softmax) {
+void logits(const Slab& slab, int64_t from, int64_t to, const SoftmaxBlocks& softmax, float* label_logit,
+            float* scratch) {
   alignas(64) float tile[kTileRows * kRowStride];
   const int64_t width = slab.width, parts = (width + kMostDepth - 1) / kMostDepth;
   const int64_t depth = rounded_up((width + parts - 1) / parts, kUnroll);
-  for (int64_t v = slab.begin; v < slab.end; v += kSoftmaxRows) {
-    const int64_t rows = smaller(kSoftmaxRows, slab.end - v);
+  for (int64_t v = from; v < to; v += kSoftmaxRows) {
+    const int64_t rows = smaller(kSoftmaxRows, to - v), block = (v - slab.begin) / kSoftmaxRows * softmax.stride;
+    const auto at = [&](int64_t panel) {
+      return slab.logits != nullptr ? logit_rows(slab, panel, v) : scratch + panel * kSoftmaxRows * kLanes;
+    };
     for (int64_t h = 0; h < width; h += depth) {
       const int64_t n = smaller(depth, width - h);
       const auto multiply = h == 0 ? multiply_tile<kRowStride, 1, false> : multiply_tile<kRowStride, 1, true>;
       for (int64_t r = 0; r < rows; r += kTileRows) {
-        const float* from = slab.weight + (v + r) * width + h;
-        copy_rows(from, width, smaller(kTileRows, rows - r), n, tile);
+        const float* row = slab.weight + (v + r) * width + h;
+        copy_rows(row, width, smaller(kTileRows, rows - r), n, tile);
         for (int64_t panel = 0; panel < slab.panels; ++panel) {
           // The next tile's rows, two a panel.
-          const float* next = from + (kTileRows + 2 * panel) * width;
+          const float* next = row + (kTileRows + 2 * panel) * width;
           multiply(rounded_up(n, kUnroll), tile, slab.hidden + (panel * padded_rows(width) + h) * kLanes,
-                   logit_rows(slab, panel, v + r), kLanes, {bytes(next), bytes(next + width), 32, 32});
+                   at(panel) + r * kLanes, kLanes, {bytes(next), bytes(next + width), 32, 32});
         }
       }
     }
-    for (int64_t panel = 0; panel < slab.panels; ++panel) {
-      for (int64_t half = 0; half < kLanes; half += kWidth) {
-        const int64_t t = panel * kLanes + half;
-        add_to_softmax(logit_rows(slab, panel, v) + half, v, rows, slab.label + t, slab.map, softmax.max + t,
-                       softmax.others + t, softmax.label_logit + t);
-      }
+    for (int64_t t = 0; t < slab.panels * kLanes; t += kWidth) {
+      block_softmax(at(t / kLanes) + t % kLanes, v, rows, slab.label + t, slab.map, softmax.max + block + t,
+                    softmax.others + block + t, label_logit + t);
     }
   }
 }
@@ -280,15 +318,19 @@ void add_weight_grad(const float* block, int64_t panels, int64_t rows, const flo
   }
 }
 
-void gradients(const Slab& slab, const TokenSoftmax& softmax, const SlabGradients& to) {
+void gradients(const Slab& slab, const SoftmaxBlocks& blocks, const TokenSoftmax& softmax, const SlabGradients& to) {
   for (int64_t v = slab.begin; v < slab.end; v += kGradientRows) {
     const int64_t rows = smaller(kGradientRows, slab.end - v);
     for (int64_t t = 0; t < slab.panels * kLanes; t += kWidth) {
       const int64_t panel = t / kLanes, half = t % kLanes;
-      float* block = to.block + panel * kGradientRows * kLanes + half;
-      to_gradients(logit_rows(slab, panel, v) + half, v, rows, slab.label + t, slab.map, softmax.max + t,
-                   softmax.inverse + t, softmax.label_grad + t, to.squares + t, block);
-      for (int64_t r = rows; r < rounded_up(rows, kUnroll); ++r) store(block + r * kLanes, Floats{});
+      float* out = to.block + panel * kGradientRows * kLanes + half;
+      const TokenSoftmax token = {nullptr, softmax.max + t, softmax.inverse + t, softmax.label_grad + t};
+      for (int64_t r = 0; r < rows; r += kSoftmaxRows) {
+        const float* factor = blocks.factor + (v + r - slab.begin) / kSoftmaxRows * blocks.stride + t;
+        to_gradients(logit_rows(slab, panel, v + r) + half, v + r, smaller(kSoftmaxRows, rows - r), slab.label + t,
+                     slab.map, factor, token, to.squares + t, out + r * kLanes);
+      }
+      for (int64_t r = rows; r < rounded_up(rows, kUnroll); ++r) store(out + r * kLanes, Floats{});
     }
     if (to.d_hidden != nullptr) add_hidden_grad(slab, v, rows, to.block, to.d_hidden);
     if (to.d_bias != nullptr) add_bias_grad(to.block, slab.panels, rows, to.scale, to.d_bias + v);
@@ -300,6 +342,6 @@ void gradients(const Slab& slab, const TokenSoftmax& softmax, const SlabGradient
 
 }  // namespace
 
-extern const TileKernels LEAD_FAST_TILE_KERNELS = {kLanes, logits, gradients, add_weight_grad};
+extern const TileKernels LEAD_FAST_TILE_KERNELS = {kLanes, logits, softmax, gradients, add_weight_grad};
 
 }  // namespace lead_fast::cpu

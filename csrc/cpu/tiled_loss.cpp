@@ -1,18 +1,21 @@
 // A chunk of tokens goes through the head twice, each thread with its own slab of the vocabulary:
-//   logits of the slab and their share of every token's softmax; then the whole softmax, token by token;
+//   logits of the slab and the softmax of its blocks; then the whole softmax, token by token;
 //   gradients of the slab's logits, its part of d_hidden, its rows of d_weight; then the sum of the parts.
-// Where the slabs' parts of d_hidden would outgrow the logits, there are fewer slabs, and threads share the tokens as
-// well. Held are the logits of one chunk, in memory that the process keeps, and these parts. Results depend on the
-// number of threads, as those of torch.mm do, and on nothing else.
+// One sweep over the head takes a chunk's gradients and the next chunk's logits, so that threads wait for each other
+// once a chunk; who is early takes blocks of logits from the others. Where the slabs' parts of d_hidden would outgrow
+// the logits, there are fewer slabs, and threads share the tokens as well. Held are the logits of one chunk, in memory
+// that the process keeps, and these parts. Results depend on the number of threads, as those of torch.mm do, and on
+// nothing else: every sum has its place, whoever computes it.
 #include "cpu/tiled_loss.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <vector>
 
 #include "cpu/kept_buffer.h"
 #include "cpu/matmul.h"
@@ -29,7 +32,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 constexpr int64_t kSmallParts = int64_t{64} << 20;  // bytes of d_hidden's parts that need no reason
 constexpr int64_t kSumColumns = 64;
-constexpr int64_t kLeastTokens = 32;  // whose softmax is worth another thread
+constexpr int64_t kLogitRows = 4 * kSoftmaxRows;  // that a thread takes at once
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -48,52 +51,97 @@ class TiledLoss {
     panels_ = ceil_div(ceil_div(tokens.size(), chunks), lanes_);
     const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
     slabs_ = std::min(threads, ceil_div(map.vocab, kRowUnit));
-    if (results.d_weight != nullptr || results.d_bias != nullptr) return;  // two groups would add to one row
-    const int64_t small_rows = kSmallParts / (panels_ * lanes_ * int64_t{sizeof(float)});
-    slabs_ = std::clamp<int64_t>(std::max(map.vocab, small_rows) / width, 1, slabs_);
-    groups_ = std::clamp<int64_t>(threads / slabs_, 1, panels_);
+    if (results.d_weight == nullptr && results.d_bias == nullptr) {  // else two groups would add to one row
+      const int64_t small_rows = kSmallParts / (chunk_lanes() * int64_t{sizeof(float)});
+      slabs_ = std::clamp<int64_t>(std::max(map.vocab, small_rows) / width, 1, slabs_);
+      groups_ = std::clamp<int64_t>(threads / slabs_, 1, panels_);
+    }
+    slab_blocks_ = ceil_div(ceil_div(ceil_div(map.vocab, kRowUnit), slabs_) * kRowUnit, kSoftmaxRows);
+    // A slab with fewer blocks than others leaves its last as they are here.
+    block_max_.assign(slabs_ * slab_blocks_ * chunk_lanes(), -kInfinity);
+    block_others_.assign(block_max_.size(), 0);
+    block_factor_.resize(block_max_.size());
+    for (std::vector<float>* of_tokens : {&label_logit_, &max_, &inverse_, &label_grad_, &scale_}) {
+      of_tokens->resize(chunk_lanes());
+    }
+    squares_.resize(slabs_ * chunk_lanes());
   }
 
   void run(bool gradient) {
-    for (int64_t begin = 0; begin < tokens_.size(); begin += panels_ * lanes_) {
-      const int64_t count = std::min(panels_ * lanes_, tokens_.size() - begin);
-      const Slab chunk = pack(begin, count);
-      softmax(chunk, begin, count);
-      if (gradient) gradients(chunk, begin, count);
+    Chunk chunks[2];
+    const Chunk* last = nullptr;  // its softmax is known
+    const int64_t count = ceil_div(tokens_.size(), chunk_lanes());
+    reserve(blocks_, slabs_ * groups_ * block_size());
+    if (gradient && results_.d_hidden != nullptr) reserve(d_parts_, slabs_ * padded_rows(width_) * chunk_lanes());
+    logits_ = gradient ? kept_.reserve(chunk_lanes() * padded_rows(map_.vocab)) : nullptr;
+    for (int64_t i = 0; i < count; ++i) {
+      Chunk& now = chunks[i % 2];
+      pack(i * chunk_lanes(), now);
+      sweep(last, &now);
+      if (last != nullptr) finish_gradients(*last);
+      finish_softmax(now);
+      if (gradient) last = &now;
     }
+    if (last == nullptr) return;
+    sweep(last, nullptr);
+    finish_gradients(*last);
   }
 
  private:
-  // What one thread does: a slab for some panels of the chunk, the first of which is that of `token`.
+  struct Chunk {
+    int64_t begin, count, panels;
+    std::optional<Tensor> hidden;  // as in Slab
+    std::vector<int32_t> label;
+  };
+
+  // A thread's part of a chunk: a slab for some panels, the first of which is that of `token`.
   struct Share {
-    int64_t number, slab_number, token;
+    int64_t slab_number, token;
     Slab slab;
   };
 
-  template <class Body>
-  void each_share(const Slab& chunk, const Body& body) {
-    const int64_t units = ceil_div(map_.vocab, kRowUnit);
-    parallel_for(0, slabs_ * groups_, 1, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) {
-        const int64_t number = i / groups_, group = i % groups_;
-        const int64_t panel = group * chunk.panels / groups_, last = (group + 1) * chunk.panels / groups_;
-        Slab slab = chunk;
-        slab.begin = number * units / slabs_ * kRowUnit;
-        slab.end = std::min((number + 1) * units / slabs_ * kRowUnit, map_.vocab);
-        slab.panels = last - panel;
-        slab.hidden += panel * padded_rows(width_) * lanes_;
-        slab.label += panel * lanes_;
-        slab.logits += (slab.begin * chunk.panels + panel * padded_rows(slab.end - slab.begin)) * lanes_;
-        body(Share{i, number, panel * lanes_, slab});
-      }
-    });
+  // Where a share is in a sweep.
+  struct Progress {
+    std::atomic<bool> gradients_done{false};  // the logits of the chunk before may go
+    std::atomic<int64_t> taken{0};            // times kLogitRows of the slab's rows
+  };
+
+  int64_t chunk_lanes() const { return panels_ * lanes_; }
+
+  int64_t block_size() const { return chunk_lanes() * kGradientRows; }
+
+  // Of any chunk in the same memory, so that a share's logits only ever follow its own.
+  Share share_of(const Chunk& chunk, int64_t number) const {
+    const int64_t units = ceil_div(map_.vocab, kRowUnit), slab = number / groups_, group = number % groups_;
+    const int64_t panel = std::min(group * panels_ / groups_, chunk.panels);
+    const int64_t panels = std::min((group + 1) * panels_ / groups_, chunk.panels) - panel;
+    const int64_t begin = slab * units / slabs_ * kRowUnit;
+    const int64_t end = std::min((slab + 1) * units / slabs_ * kRowUnit, map_.vocab);
+    const float* hidden = static_cast<const float*>(chunk.hidden->const_data_ptr());
+    float* logits =
+        logits_ == nullptr ? nullptr : logits_ + (begin * panels_ + panel * padded_rows(end - begin)) * lanes_;
+    return {slab,
+            panel * lanes_,
+            {begin, end, panels, width_, map_, weight_, hidden + panel * padded_rows(width_) * lanes_,
+             chunk.label.data() + panel * lanes_, logits}};
   }
 
-  // The chunk, before it is shared out.
-  Slab pack(int64_t begin, int64_t count) {
-    const int64_t panels = ceil_div(count, lanes_), lanes = panels * lanes_, rows = padded_rows(width_);
-    float* packed = reserve(packed_, lanes * rows);
-    parallel_for(0, panels, 1, [&](int64_t from, int64_t to) {
+  SoftmaxBlocks blocks_of(int64_t slab, int64_t token) {
+    const int64_t at = slab * slab_blocks_ * chunk_lanes() + token;
+    return {chunk_lanes(), &block_max_[at], &block_others_[at], &block_factor_[at]};
+  }
+
+  TokenSoftmax softmax_of(int64_t token) {
+    return {&label_logit_[token], &max_[token], &inverse_[token], &label_grad_[token]};
+  }
+
+  float* block_of(int64_t number) { return static_cast<float*>(blocks_->mutable_data_ptr()) + number * block_size(); }
+
+  void pack(int64_t begin, Chunk& chunk) {
+    const int64_t count = std::min(chunk_lanes(), tokens_.size() - begin), rows = padded_rows(width_);
+    chunk.begin = begin, chunk.count = count, chunk.panels = ceil_div(count, lanes_);
+    float* packed = reserve(chunk.hidden, chunk_lanes() * rows);
+    parallel_for(0, chunk.panels, 1, [&](int64_t from, int64_t to) {
       std::memset(packed + from * rows * lanes_, 0, (to - from) * rows * lanes_ * sizeof(float));
       for (int64_t t = from * lanes_; t < std::min(to * lanes_, count); ++t) {
         float* lane = packed + t / lanes_ * rows * lanes_ + t % lanes_;
@@ -101,69 +149,73 @@ class TiledLoss {
         for (int64_t h = 0; h < width_; ++h) lane[h * lanes_] = row[h];
       }
     });
-    label_.assign(lanes, -1);
-    for (int64_t t = 0; t < count; ++t) label_[t] = static_cast<int32_t>(tokens_.label[begin + t]);
-    float* logits = logits_.reserve(lanes * padded_rows(map_.vocab));  // of one slab after the other
-    return {0, map_.vocab, panels, width_, map_, weight_, packed, label_.data(), logits};
+    chunk.label.assign(chunk_lanes(), -1);
+    for (int64_t t = 0; t < count; ++t) chunk.label[t] = static_cast<int32_t>(tokens_.label[begin + t]);
   }
 
-  void softmax(const Slab& chunk, int64_t begin, int64_t count) {
-    const int64_t lanes = chunk.panels * lanes_;
-    slab_max_.assign(slabs_ * lanes, -kInfinity);
-    slab_others_.assign(slabs_ * lanes, 0);
-    label_logit_.assign(lanes, 0);
-    each_share(chunk, [&](const Share& share) {
-      const int64_t t = share.slab_number * lanes + share.token;
-      kernels_.logits(share.slab, {&slab_max_[t], &slab_others_[t], &label_logit_[share.token]});
-    });
-    // Lanes without a token: p = exp(z - inf) * 0, or NaN beside a NaN in W, and of scale 0 either way.
-    max_.assign(lanes, kInfinity);
-    inverse_.assign(lanes, 0);
-    label_grad_.assign(lanes, 0);
-    parallel_for(0, count, kLeastTokens, [&](int64_t from, int64_t to) {
-      for (int64_t t = from; t < to; ++t) finish_softmax(t, lanes, results_.nll[begin + t]);
+  // The gradients of `last` and the logits of `now`; neither if null.
+  void sweep(const Chunk* last, const Chunk* now) {
+    const int64_t shares = slabs_ * groups_;
+    std::vector<Progress> progress(shares);
+    parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
+      for (int64_t number = from; number < to; ++number) {
+        if (last != nullptr) gradients(share_of(*last, number), block_of(number));
+        progress[number].gradients_done.store(true, std::memory_order_release);
+        for (int64_t i = 0; i < shares && now != nullptr; ++i) {
+          const int64_t other = (number + i) % shares;
+          // Not waited for: its thread may be this one.
+          if (!progress[other].gradients_done.load(std::memory_order_acquire)) continue;
+          logits(share_of(*now, other), progress[other].taken, block_of(number));
+        }
+      }
     });
   }
 
-  void finish_softmax(int64_t t, int64_t lanes, float& nll) {
-    float max_others = -kInfinity;
-    for (int64_t i = t; i < slabs_ * lanes; i += lanes) max_others = std::max(max_others, slab_max_[i]);
-    const float z_label = label_[t] < 0 ? std::nanf("") : label_logit_[t];
-    max_[t] = z_label > max_others ? z_label : max_others;
-    double others = 0;
-    for (int64_t i = t; i < slabs_ * lanes; i += lanes) {
-      const bool none = slab_max_[i] == -kInfinity;  // but perhaps a NaN
-      others += slab_others_[i] * (none ? 1 : std::exp(double(slab_max_[i]) - max_[t]));
+  void logits(const Share& share, std::atomic<int64_t>& taken, float* scratch) {
+    const Slab& slab = share.slab;
+    while (true) {
+      const int64_t from = slab.begin + taken.fetch_add(1, std::memory_order_relaxed) * kLogitRows;
+      if (from >= slab.end) return;
+      kernels_.logits(slab, from, std::min(from + kLogitRows, slab.end), blocks_of(share.slab_number, share.token),
+                      &label_logit_[share.token], scratch);
     }
-    const double distance = double(max_[t]) - z_label, total = others + std::exp(-distance);
-    nll = float(distance == 0 ? std::log1p(others) : std::log(total) + distance);
-    inverse_[t] = float(1 / total);
-    label_grad_[t] = float(-others / total);
   }
 
-  void gradients(const Slab& chunk, int64_t begin, int64_t count) {
-    const int64_t lanes = chunk.panels * lanes_, part = padded_rows(width_) * lanes;
-    squares_.assign(slabs_ * lanes, 0);
-    float* d_parts = results_.d_hidden == nullptr ? nullptr : reserve(d_parts_, slabs_ * part);
-    scale_.assign(lanes, 0);
-    std::copy_n(&tokens_.scale[begin], count, scale_.begin());
-    const float* scaled = results_.d_weight == nullptr ? nullptr : scale_rows(begin, count, lanes);
-    const int64_t block = chunk.panels * lanes_ * kGradientRows;
-    float* blocks = reserve(blocks_, slabs_ * groups_ * block);
-    each_share(chunk, [&](const Share& share) {
-      const int64_t t = share.token, columns = padded_rows(width_) * lanes_;
-      float* d_part = d_parts == nullptr ? nullptr : d_parts + share.slab_number * part + t / lanes_ * columns;
-      if (d_part != nullptr) std::memset(d_part, 0, share.slab.panels * columns * sizeof(float));
-      kernels_.gradients(share.slab, {&max_[t], &inverse_[t], &label_grad_[t]},
-                         {blocks + share.number * block, &squares_[share.slab_number * lanes + t], d_part, scaled,
-                          &scale_[t], results_.d_weight, results_.d_bias});
+  void gradients(const Share& share, float* block) {
+    const int64_t t = share.token, columns = padded_rows(width_) * lanes_;
+    float* d_part = nullptr;
+    if (results_.d_hidden != nullptr) {
+      d_part = static_cast<float*>(d_parts_->mutable_data_ptr());
+      d_part += share.slab_number * panels_ * columns + t / lanes_ * columns;
+      std::memset(d_part, 0, share.slab.panels * columns * sizeof(float));
+    }
+    double* squares = &squares_[share.slab_number * chunk_lanes() + t];
+    std::fill_n(squares, share.slab.panels * lanes_, 0);
+    kernels_.gradients(share.slab, blocks_of(share.slab_number, t), softmax_of(t),
+                       {block, squares, d_part, scaled_rows_, &scale_[t], results_.d_weight, results_.d_bias});
+  }
+
+  void finish_softmax(const Chunk& chunk) {
+    parallel_for(0, chunk.panels, 1, [&](int64_t from, int64_t to) {
+      for (int64_t panel = from; panel < to; ++panel) {
+        const int64_t t = panel * lanes_;
+        kernels_.softmax(blocks_of(0, t), slabs_ * slab_blocks_, &chunk.label[t], std::min(lanes_, chunk.count - t),
+                         softmax_of(t), &results_.nll[chunk.begin + t]);
+      }
     });
-    for (int64_t t = 0; t < count; ++t) {
+    std::fill(scale_.begin(), scale_.end(), 0);
+    std::copy_n(&tokens_.scale[chunk.begin], chunk.count, scale_.begin());
+    if (results_.d_weight != nullptr) scaled_rows_ = scale_rows(chunk.begin, chunk.count, chunk.panels * lanes_);
+  }
+
+  void finish_gradients(const Chunk& chunk) {
+    for (int64_t t = 0; t < chunk.count; ++t) {
       double squares = double(label_grad_[t]) * label_grad_[t];
-      for (int64_t i = t; i < slabs_ * lanes; i += lanes) squares += squares_[i];
-      results_.logit_grad_sq[begin + t] = float(squares);
+      for (int64_t slab = 0; slab < slabs_; ++slab) squares += squares_[slab * chunk_lanes() + t];
+      results_.logit_grad_sq[chunk.begin + t] = float(squares);
     }
-    if (d_parts != nullptr) sum_parts(d_parts, begin, count, lanes);
+    if (results_.d_hidden == nullptr) return;
+    sum_parts(static_cast<float*>(d_parts_->mutable_data_ptr()), chunk.begin, chunk.count, chunk.panels);
   }
 
   const float* scale_rows(int64_t begin, int64_t count, int64_t lanes) {
@@ -172,16 +224,16 @@ class TiledLoss {
     return scaled;
   }
 
-  void sum_parts(const float* d_parts, int64_t begin, int64_t count, int64_t lanes) {
+  void sum_parts(const float* d_parts, int64_t begin, int64_t count, int64_t panels) {
     const int64_t rows = padded_rows(width_), blocks = ceil_div(width_, kSumColumns);
-    parallel_for(0, lanes / lanes_ * blocks, 1, [&](int64_t from, int64_t to) {
+    parallel_for(0, panels * blocks, 1, [&](int64_t from, int64_t to) {
       std::vector<float> sum(kSumColumns * lanes_);
       for (int64_t i = from; i < to; ++i) {
         const int64_t first = i / blocks * lanes_, h = i % blocks * kSumColumns, n = std::min(kSumColumns, width_ - h);
         const float* part = d_parts + (i / blocks * rows + h) * lanes_;
         std::copy_n(part, n * lanes_, sum.begin());
         for (int64_t s = 1; s < slabs_; ++s) {
-          part += rows * lanes;
+          part += rows * chunk_lanes();
           for (int64_t j = 0; j < n * lanes_; ++j) sum[j] += part[j];
         }
         for (int64_t t = first; t < std::min(first + lanes_, count); ++t) {
@@ -199,12 +251,15 @@ class TiledLoss {
   LossResults<float>& results_;
   const TileKernels& kernels_;
   const int64_t lanes_ = kernels_.lanes;
-  int64_t panels_, slabs_ = 1, groups_ = 1;  // panels of a whole chunk; parts of the vocabulary, and of the panels
-  std::optional<Tensor> packed_, blocks_, scaled_, d_parts_;
-  KeptBuffer logits_;
-  std::vector<int32_t> label_;
-  std::vector<float> slab_max_, label_logit_, max_, inverse_, label_grad_, scale_;
-  std::vector<double> slab_others_, squares_;
+  // Panels of a whole chunk; parts of the vocabulary, and of the panels; blocks of logits in the largest slab.
+  int64_t panels_, slabs_ = 1, groups_ = 1, slab_blocks_;
+  std::optional<Tensor> blocks_, scaled_, d_parts_;
+  KeptBuffer kept_;
+  float* logits_ = nullptr;
+  const float* scaled_rows_ = nullptr;
+  std::vector<float> block_max_, block_others_, block_factor_;  // see blocks_of
+  std::vector<float> label_logit_, max_, inverse_, label_grad_, scale_;
+  std::vector<double> squares_;  // [slabs, lanes of a chunk]
 };
 
 }  // namespace
