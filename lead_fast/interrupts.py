@@ -70,6 +70,5 @@ class StopSignals:
             raise Interrupted(signum)
         self.requested, self._since = signum, time.monotonic()
         # Not logged: the stream of the log may be in the middle of a line.
-        place = "round" if self._several else "optimizer step"
         name = signal.Signals(signum).name
-        os.write(2, f"\n{name}: a checkpoint is written after this {place}; once more stops at once\n".encode())
+        os.write(2, f"\n{name}: a checkpoint is written after this optimizer step; once more stops at once\n".encode())

@@ -78,6 +78,14 @@ class Ranks:
         """The first process's value."""
         return self.sum_of(value if self.is_first else 0)
 
+    def max_of(self, *values: int) -> list[int]:
+        """The largest of each integer over processes."""
+        if self.group is None:
+            return list(values)
+        largest = torch.tensor(values, device=self._host)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return largest.tolist()
+
     def on_first(self, call: Callable[[], T]) -> T | None:
         """What `call` returns, which the first process alone runs, None on the others, which wait for it.
 

@@ -124,7 +124,7 @@ class RoundLog:
 class Checkpointer:
     """Writes checkpoints of a run: when they are due, and when it is told to stop.
 
-    Several processes do so between rounds, when their shares of the round are merged; the first one writes, and says when.
+    Several processes do so together, at the same optimizer step; the first one writes.
 
     Args:
         checkpoints: where.
@@ -156,8 +156,6 @@ class Checkpointer:
         Raises:
             Interrupted: a stop was asked for, and the checkpoint is written.
         """
-        if self.ranks.world > 1 and run.open is not None:
-            return
         rounds, minutes = self.config.checkpoint_rounds, self.config.checkpoint_minutes
         due = minutes > 0.0 and time.monotonic() - self._last >= 60.0 * minutes
         due |= rounds > 0 and run.open is None and len(run.rounds) - self._rounds >= rounds
@@ -169,8 +167,8 @@ class Checkpointer:
 
     def _write_or_stop(self, run: TrainingRun, due: bool) -> None:
         # A signal may have reached one process only, and clocks differ: all do the same.
-        signum = max(self.ranks.gather(self.stop.requested or 0))
-        if signum or self.ranks.of_first(int(due)):
+        signum, due = self.ranks.max_of(self.stop.requested or 0, int(due))
+        if signum or due:
             self.write(run)
         if signum:
             raise Interrupted(signum, last_checkpoint(self.checkpoints))

@@ -86,6 +86,7 @@ def test_a_process_that_dies_ends_the_run_and_leaves_a_checkpoint(runs, referenc
     assert ranks[0].kill() == -signal.SIGKILL
     before = [path.name for path in Checkpoints(out / "checkpoints").paths()]
     assert len(before) == 2
+    assert Checkpoints(out / "checkpoints").load().state["run"]["open"] is not None  # in the middle of a round
 
     command = [*options, "--out", str(out), "--resume"]
     ranks = runs.start_ranks(command)
@@ -100,6 +101,22 @@ def test_a_process_that_dies_ends_the_run_and_leaves_a_checkpoint(runs, referenc
 
     finished_ranks(runs.start_ranks(command))
     assert_same_training(out, one_process("lora"))
+
+
+def test_another_number_of_processes_goes_on_in_the_middle_of_a_round(runs, reference, one_process, tmp_path):
+    options, out = [*options_of(reference, "lora"), *AUDIT], tmp_path / "run"
+    ranks = runs.start_ranks([*options, "--out", str(out)], faults={0: {"hold": ["rename", ".writing", 4]}})
+    assert ranks[0].wait_until_held()
+    assert [rank.kill() for rank in ranks] == [-signal.SIGKILL] * 2
+    inside = Checkpoints(out / "checkpoints").load().state
+    assert inside["run"]["open"] is not None and len(inside["engine"]["open"]["shards"]) == 2
+    finished_ranks(runs.start_ranks([*options, "--out", str(out), "--resume"], world=3))
+    expected, got = rounds_of(one_process("lora")), rounds_of(out)
+    assert [r["rows"] for r in got] == [r["rows"] for r in expected]
+    assert [r["visits"]["count"] for r in got] == [r["visits"]["count"] for r in expected]
+    np.testing.assert_allclose(
+        np.hstack([r["step_losses"] for r in got]), np.hstack([r["step_losses"] for r in expected]), rtol=1e-4
+    )
 
 
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(runs, reference, one_process, tmp_path):
