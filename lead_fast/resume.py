@@ -167,8 +167,8 @@ class Checkpointer:
 
     def _write_or_stop(self, run: TrainingRun, due: bool) -> None:
         # A signal may have reached one process only, and clocks differ: all do the same.
-        signum, due = self.ranks.max_of(self.stop.requested or 0, int(due))
-        if signum or due:
+        signum, due_somewhere = self.ranks.max_of(self.stop.requested or 0, int(due))
+        if signum or due_somewhere:
             self.write(run)
         if signum:
             raise Interrupted(signum, last_checkpoint(self.checkpoints))
