@@ -10,10 +10,10 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,10 @@ from transformers.modeling_utils import AttentionInterface
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+COMPILED_LAYER = "lead_fast_compiled_layer"  # (the layer,) as an attribute of its modules: a tuple is no child
 PACKED_ATTENTION = "lead_fast_packed"
 _HALF = (torch.bfloat16, torch.float16)
 _FLASH_HEAD_DIM = 256
@@ -64,11 +68,14 @@ def packed_attention(
     if kernel is None or cu_seq_lens_q is None or max_length_q is None:
         if reason is not None:
             _say_once(reason)
-        out = per_sample_attention(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, softcap)
+        if torch.compiler.is_compiling() and dropout == 0.0 and _is_recomputed(module):
+            out = _as_one_operator(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap)
+        else:
+            out = per_sample_attention(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, softcap)
         return out.transpose(1, 2), None
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     bounds = cu_seq_lens_q.to(torch.int32)
-    return kernel(q, k, v, bounds, max_length_q, scaling, sliding_window, softcap, dropout)[None], None
+    return kernel(q, k, v, bounds, max_length_q, scaling, sliding_window, softcap, dropout).unsqueeze(0), None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
@@ -82,26 +89,42 @@ def describe_attention(device: torch.device, dtype: torch.dtype) -> str:
     return "sample by sample: neither flash-attn nor torch.nn.attention.varlen is there" if name is None else name
 
 
-@cache
+def _constant(function: Callable[P, R]) -> Callable[P, R]:
+    """Called once for each of its arguments, and never by a compiled graph, which keeps what it returned."""
+    cached = cache(function)
+
+    @torch.compiler.assume_constant_result
+    @wraps(function)
+    def constant(*args: P.args, **kwargs: P.kwargs) -> R:
+        return cached(*args, **kwargs)  # pyright: ignore[reportCallIssue]  hashable
+
+    return constant
+
+
+@_constant
 def _say_once(reason: str) -> None:
     logger.warning("attention runs sample by sample: %s", reason)
 
 
-@cache
+@_constant
 def _library() -> str | None:
     if find_spec("flash_attn") is not None:
         return "flash-attn"
     return "torch.nn.attention.varlen" if find_spec("torch.nn.attention.varlen") is not None else None
 
 
-@cache
-def _function(library: str) -> tuple[Callable[..., Any], frozenset[str]]:
-    """The library's variable-length attention and the names of its parameters."""
+def _function(library: str) -> Callable[..., Any]:
+    """The library's variable-length attention."""
     if library == "flash-attn":
         from flash_attn import flash_attn_varlen_func as function  # pyright: ignore[reportMissingImports]
     else:
         from torch.nn.attention.varlen import varlen_attn as function
-    return function, frozenset(inspect.signature(function).parameters)
+    return function
+
+
+@_constant
+def _takes(library: str, parameter: str) -> bool:
+    return parameter in inspect.signature(_function(library)).parameters
 
 
 def _kernel_for(
@@ -117,12 +140,11 @@ def _kernel_for(
         return None, f"{library} serves bf16 and fp16, got {str(query.dtype).removeprefix('torch.')}"
     if query.shape[-1] > _FLASH_HEAD_DIM:
         return None, f"{library} serves heads of at most {_FLASH_HEAD_DIM}, got {query.shape[-1]}"
-    _, takes = _function(library)
-    if softcap is not None and "softcap" not in takes:
+    if softcap is not None and not _takes(library, "softcap"):
         return None, f"{library} has no softcap"
-    if window is not None and "window_size" not in takes:
+    if window is not None and not _takes(library, "window_size"):
         return None, f"{library} of torch {torch.__version__} has no windows"
-    if dropout > 0.0 and "dropout_p" not in takes:
+    if dropout > 0.0 and not _takes(library, "dropout_p"):
         return None, f"{library} has no dropout"
     return (_flash if library == "flash-attn" else _varlen), None
 
@@ -131,7 +153,7 @@ def _flash(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None,
     softcap: float | None, dropout: float,
 ) -> Tensor:  # fmt: skip
-    function, _ = _function("flash-attn")
+    function = _function("flash-attn")
     options: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
     if window is not None:
         options["window_size"] = (window - 1, 0)
@@ -144,19 +166,20 @@ def _varlen(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None,
     softcap: float | None, dropout: float,
 ) -> Tensor:  # fmt: skip
-    function, takes = _function("torch.nn.attention.varlen")
+    library = "torch.nn.attention.varlen"
+    function = _function(library)
     options: dict[str, Any] = {}
     # torch 2.10 has is_causal and neither scale nor windows; 2.11 has both; 2.12 shares KV heads among query heads.
-    if "window_size" in takes:
+    if _takes(library, "window_size"):
         options["window_size"] = (-1 if window is None else window - 1, 0)
     else:
         options["is_causal"] = True
-    if "scale" in takes:
+    if _takes(library, "scale"):
         options["scale"] = scaling
     elif scaling is not None:
         q = q * (scaling * q.shape[-1] ** 0.5)
     if k.shape[1] != q.shape[1]:
-        if "enable_gqa" in takes:
+        if _takes(library, "enable_gqa"):
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -211,3 +234,69 @@ def _softcapped_attention(
     scores = scores.masked_fill(~_window_mask(q.shape[2], window, q.device), -torch.inf)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
     return F.dropout(weights, dropout) @ v
+
+
+# Sample by sample as one operator of a compiled graph. What it does follows the lengths, which no graph holds: torch.compile
+# makes two graphs of a layer around it, but for a layer that is recomputed it makes one or none.
+
+
+def _is_recomputed(module: nn.Module) -> bool:
+    (layer,) = getattr(module, COMPILED_LAYER, (None,))
+    return layer is not None and layer.training and getattr(layer, "gradient_checkpointing", False)
+
+
+@torch.library.custom_op("lead_fast::per_sample_attention", mutates_args=())
+def _per_sample_operator(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_lens_q: Tensor | None, scaling: float | None, window: int | None,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
+    with torch.autocast(query.device.type, enabled=False):
+        return per_sample_attention(query, key, value, cu_seq_lens_q, 0.0, scaling, window, softcap).contiguous()
+
+
+@torch.library.custom_op("lead_fast::per_sample_attention_backward", mutates_args=())
+def _per_sample_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seq_lens_q: Tensor | None, scaling: float | None,
+    window: int | None, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Runs the forward again: what a kernel keeps for its backward differs from one to the next."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return per_sample_attention(q, k, v, cu_seq_lens_q, 0.0, scaling, window, softcap)
+
+    with torch.autocast(query.device.type, enabled=False):
+        _, pull_back = torch.func.vjp(attend, query, key, value)  # pyright: ignore[reportAssignmentType]  no has_aux
+        d_query, d_key, d_value = pull_back(gradient)
+    return d_query.contiguous(), d_key.contiguous(), d_value.contiguous()
+
+
+@_per_sample_operator.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@_per_sample_backward.register_fake
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, bounds, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, bounds)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_per_sample_backward(gradient, *ctx.saved_tensors, *ctx.options), None, None, None, None)
+
+
+_per_sample_operator.register_autograd(_backward, setup_context=_keep)
+
+
+def _as_one_operator(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None, scaling: float | None, window: int | None,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # does not reach into an operator
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    return _per_sample_operator(query, key, value, bounds, scaling, window, softcap)

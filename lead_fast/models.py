@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lead_fast.attention import PACKED_ATTENTION
+from lead_fast.attention import COMPILED_LAYER, PACKED_ATTENTION
 from lead_fast.ops import LinearCrossEntropyOutput, Reduction, Stats, linear_cross_entropy
 from lead_fast.packing import PackedBatch
 from lead_fast.shards import are_sharded, is_partitioned, whole_on_first
@@ -440,8 +440,12 @@ def checkpoint_activations(model: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, **options: Any) -> None:
     """Compiles each layer by torch.compile, for packed batches of any length: one graph serves them all.
+
+    Args:
+        model: a causal LM or a peft model.
+        **options: of torch.compile, such as `backend` and `mode`.
 
     Raises:
         ValueError: the model has no list of layers.
@@ -451,7 +455,9 @@ def compile_layers(model: nn.Module) -> None:
     if not lists:
         raise ValueError(f"compile: expected a model with a list of layers, got {type(causal).__name__}")
     for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())):
-        layer.compile(dynamic=True)
+        for module in layer.modules():
+            setattr(module, COMPILED_LAYER, (layer,))
+        layer.compile(dynamic=True, **options)
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lead_fast import attention
 from lead_fast.attention import packed_attention, per_sample_attention
@@ -64,7 +66,8 @@ def kernel(request, monkeypatch):
     library = "flash-attn" if request.param == "flash-attn" else "torch.nn.attention.varlen"
     takes = frozenset(attention.inspect.signature(RELEASES[request.param]).parameters)
     monkeypatch.setattr(attention, "_library", lambda: library)
-    monkeypatch.setattr(attention, "_function", lambda name: (RELEASES[request.param], takes))
+    monkeypatch.setattr(attention, "_function", lambda name: RELEASES[request.param])
+    monkeypatch.setattr(attention, "_takes", lambda name, parameter: parameter in takes)
     monkeypatch.setattr(attention, "_HALF", (torch.float32,))
     choose = attention._kernel_for
     as_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float32, shape=(1, 4, 18, 8))
@@ -72,14 +75,17 @@ def kernel(request, monkeypatch):
     return request.param
 
 
+RECOMPUTED = torch.nn.Identity()
+RECOMPUTED.gradient_checkpointing = True
+setattr(RECOMPUTED, attention.COMPILED_LAYER, (RECOMPUTED,))
 OPTIONS = [{}, {"scaling": 0.7}, {"sliding_window": 3}, {"scaling": 0.2, "sliding_window": 2}, {"softcap": 2.0}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 @pytest.mark.parametrize("kernel", RELEASES, indirect=True)
-def test_every_release_gives_what_each_sample_gets_alone(kernel, num_kv_heads, options, caplog):
-    attention._say_once.cache_clear()
+def test_every_release_gives_what_each_sample_gets_alone(kernel, num_kv_heads, options, caplog, monkeypatch):
+    monkeypatch.setattr(attention, "_say_once", attention._say_once.__wrapped__)
     q, k, v = heads(4, 0), heads(num_kv_heads, 1), heads(num_kv_heads, 2)
     got, _ = packed_attention(None, q, k, v, None, cu_seq_lens_q=BOUNDS, max_length_q=12, **options)
     expected = per_sample_attention(q, k, v, BOUNDS, **options).transpose(1, 2)
@@ -100,11 +106,11 @@ def test_half_precision_alone_reaches_a_kernel(monkeypatch):
 
 
 def test_the_installed_torch_has_the_kernel_the_adapter_knows():
-    function, takes = attention._function("torch.nn.attention.varlen")
-    assert list(attention.inspect.signature(function).parameters)[:7] == [
+    library = "torch.nn.attention.varlen"
+    assert list(attention.inspect.signature(attention._function(library)).parameters)[:7] == [
         "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k",
     ]  # fmt: skip
-    assert "window_size" in takes or "is_causal" in takes
+    assert attention._takes(library, "window_size") or attention._takes(library, "is_causal")
 
 
 def test_a_sample_sees_no_other_and_nothing_ahead():
@@ -119,6 +125,73 @@ def test_a_sample_sees_no_other_and_nothing_ahead():
 def test_attention_sinks_are_refused():
     with pytest.raises(ValueError, match="attention sinks"):
         packed_attention(None, heads(4, 0), heads(4, 1), heads(4, 2), None, s_aux=torch.ones(4))
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"softcap": 2.0, "sliding_window": 4, "scaling": 0.5}], ids=str)
+@pytest.mark.parametrize(("num_kv_heads", "dtype"), [(4, torch.float32), (2, torch.float32), (2, torch.bfloat16)])
+def test_sample_by_sample_is_one_operator_of_a_compiled_graph(num_kv_heads, dtype, options):
+    """For any lengths, with the gradient that autograd has."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=graphs)
+    def compiled(q, k, v, bounds):
+        return packed_attention(RECOMPUTED, q, k, v, None, cu_seq_lens_q=bounds, max_length_q=12, **options)[0]
+
+    for length in (18, 7, 13):
+        shapes = enumerate((4, num_kv_heads, num_kv_heads))
+        inputs = [heads(count, seed, dtype)[:, :, :length].clone().requires_grad_() for seed, count in shapes]
+        bounds = BOUNDS.clamp(max=length)
+        got = compiled(*inputs, bounds)
+        expected = per_sample_attention(*(x.double() for x in inputs), bounds, **options).transpose(1, 2)
+        upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+        near = dict(rtol=1e-5, atol=2e-6) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(got, expected.to(dtype), **near)
+        for ours, truth in zip(torch.autograd.grad(got, inputs, upstream),
+                               torch.autograd.grad(expected, inputs, upstream.double()), strict=True):  # fmt: skip
+            torch.testing.assert_close(ours, truth, **near)
+    operators = [[str(n.target) for n in graph.graph.nodes if n.op == "call_function"] for graph in graphs.graphs]
+    assert [names for names in operators if names] == [["lead_fast.per_sample_attention.default"]]
+    options = (options.get("scaling"), options.get("sliding_window"), options.get("softcap"))
+    if dtype == torch.float32:
+        torch.library.opcheck(attention._per_sample_operator, (*inputs, bounds, *options))
+
+
+def test_a_compiled_graph_has_the_kernel_of_a_gpu():
+    """As its fake tensors see it; what the kernel does not serve is the other operator."""
+
+    def graph_of(dtype):
+        torch._dynamo.reset()
+        graphs = CompileCounterWithBackend("eager")
+
+        @torch.compile(fullgraph=True, dynamic=True, backend=graphs)
+        def compiled(q, k, bounds, longest):
+            return packed_attention(RECOMPUTED, q, k, k, None, cu_seq_lens_q=bounds, max_length_q=longest)[0]
+
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for length in (32, 48):
+                q, k = (torch.empty(1, count, length, 64, device="cuda", dtype=dtype) for count in (4, 2))
+                bounds = torch.empty(3, dtype=torch.int32, device="cuda")
+                assert compiled(q, k, bounds, length - 3).shape == (1, length, 4, 64)
+        (graph,) = graphs.graphs
+        return {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+
+    assert any("varlen" in target or "flash_attn" in target for target in graph_of(torch.bfloat16))
+    assert any("lead_fast.per_sample_attention" in target for target in graph_of(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_reaches_into_the_operator(dtype):
+    torch._dynamo.reset()
+    q, k, v = heads(4, 0), heads(2, 1), heads(2, 2)
+
+    def attend():
+        return packed_attention(RECOMPUTED, q, k, v, None, cu_seq_lens_q=BOUNDS, max_length_q=12)[0]
+
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        expected, got = attend(), torch.compile(attend, backend="aot_eager")()
+    assert got.dtype == expected.dtype == dtype
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.cuda

@@ -30,7 +30,6 @@ def check_host(op: str, trainer: Any) -> None:
         (args.train_sampling_strategy != "random", "train_sampling_strategy",
          f"'random', which leaves the order to LEAD, got {args.train_sampling_strategy!r}"),
         (args.auto_find_batch_size, "auto_find_batch_size", "False: a restart would choose other rows, got True"),
-        (args.torch_compile, "torch_compile", "False: packed batches go around the compiled forward, got True"),
         (args.label_smoothing_factor != 0, "label_smoothing_factor",
          f"0: the fused loss has none, got {args.label_smoothing_factor}"),
         (args.neftune_noise_alpha is not None, "neftune_noise_alpha",

@@ -9,6 +9,7 @@ of the one forward pass; the run ends when the budget is used.
 | `per_device_train_batch_size` | samples packed into a micro-batch, at most |
 | `num_train_epochs` | not used: the run is one epoch, and `state.epoch` is the share of the budget that is used |
 | `max_steps` | may end a run before its budget does; where not given, `state.max_steps` is an estimate until the last round |
+| `torch_compile` | compiles each layer, for batches of any length; not the whole model, whose head packed batches go around |
 | learning-rate schedule | without `max_steps`, runs on progress through the budget: the estimate only scales `warmup_steps` |
 """
 
@@ -18,12 +19,13 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
@@ -37,7 +39,7 @@ from lead_fast.integrations.checks import check_host
 from lead_fast.integrations.rounds import HostRounds
 from lead_fast.integrations.samples import ChatSamples, DatasetSamples
 from lead_fast.integrations.state_file import load_state, save_state
-from lead_fast.models import PackedModel, forward_replaced, trained_parameters
+from lead_fast.models import PackedModel, compile_layers, forward_replaced, trained_parameters
 from lead_fast.ops import LinearCrossEntropyOutput
 from lead_fast.packing import CutCounts, PackedBatch, Sample
 from lead_fast.pool import Pool
@@ -69,6 +71,8 @@ class LeadRounds(_Host):
         with self._attention.on():
             self._packed = PackedModel(model)  # pyright: ignore[reportArgumentType]
         args, self._ranks = self.args, Ranks.started(self.args.device)
+        if args.torch_compile:
+            compile_layers(self._packed.model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.engine = LeadEngine(pool, lead or LeadConfig(), args.device, group=self._ranks.group)
         self._rounds = HostRounds(self.engine, samples_of, args.train_batch_size, args.gradient_accumulation_steps, self._ranks)
         self._step_items, self._left_out = 0, False
@@ -79,7 +83,18 @@ class LeadRounds(_Host):
         if not resume_from_checkpoint and self.engine.num_rounds:
             raise RuntimeError(f"{type(self).__name__}.train: its budget is in use already; make a new trainer, or resume")
         self._follow_weights()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._compiled_by_layers():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def _compiled_by_layers(self) -> Iterator[None]:
+        """accelerate, which would compile the whole model, prepares it as it is."""
+        plugin: Any = self.accelerator.state.dynamo_plugin
+        backend, plugin.backend = plugin.backend, DynamoBackend.NO
+        try:
+            yield
+        finally:
+            plugin.backend = backend
 
     def _follow_weights(self) -> None:
         """Shows estimators, and those that watch by now, the weights and gradients that they follow."""
@@ -90,6 +105,10 @@ class LeadRounds(_Host):
         self._first_order = next((e for e in self.engine.estimators.values() if isinstance(e, FirstOrder)), None)
         if self._first_order is not None and self._ranks.world > 1:
             raise ValueError(f"{type(self).__name__}: `estimator` first_order runs in one process, got {self._ranks.world}")
+        if self._first_order is not None and self.args.torch_compile:
+            raise ValueError(
+                f"{type(self).__name__}: `torch_compile` must be False: first_order reads layers as they run, got True"
+            )
         if self._first_order is not None and self._first_order.sketch is None:
             self._first_order.follow(self._packed.model, seed=self.engine.config.seed)
 

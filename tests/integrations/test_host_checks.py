@@ -24,7 +24,6 @@ from lead_fast.integrations.transformers import LeadTrainer
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` must be 0"),
         ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` must be None"),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size` must be False"),
-        ({"torch_compile": True}, "`torch_compile` must be False"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )

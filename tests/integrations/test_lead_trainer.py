@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from host_runs import (
     CHOICE,
     FIVE_ROWS,
@@ -18,6 +19,8 @@ from host_runs import (
     tiny,
     watch,
 )
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 import lead_fast as lf
@@ -89,6 +92,55 @@ def test_adapters_learn_the_same_with_and_without_gradient_checkpointing(reentra
     prefixed = {f"base_model.model.{name}": gradient for name, gradient in gradients.items()}
     assert len(gradients) == 12
     assert_close_gradients(watcher.gradients[0], prefixed)
+
+
+class Graphs(TrainerCallback):
+    """How many graphs were compiled, after each step."""
+
+    def __init__(self):
+        self.after_step = []
+
+    def on_step_end(self, *args, **kwargs):
+        self.after_step.append(counters["stats"]["unique_graphs"])
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps one compiler a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient_checkpointing"])
+def test_torch_compile_compiles_the_layers(checkpointing, fresh_accelerate, tmp_path):
+    """The run learns what it learns without; the first graphs serve batches of every length, and keys of weights stay."""
+    found = {}
+    for name, options in ("plain", {}), ("compiled", {"torch_compile_backend": "aot_eager"}):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch._dynamo.reset()
+        counters.clear()
+        graphs = Graphs()
+        trainer = lead_trainer(
+            tmp_path / name, lora(tiny()), gradient_checkpointing=checkpointing, callbacks=[graphs], **options
+        )
+        calls = watch(trainer.engine)
+        trainer.train()
+        trainer.save_model(str(tmp_path / name))
+        found[name] = calls, load_file(tmp_path / name / "adapter_model.safetensors"), graphs.after_step
+    assert set(found["plain"][2]) == {0}
+    graphs = found["compiled"][2]
+    assert len(graphs) > 10 and len(set(graphs[2:])) == 1 and graphs[-1] >= 1
+    assert graphs[-1] == 1 or not checkpointing  # a layer that is recomputed cannot be split
+    assert [c[:2] for c in found["compiled"][0] if c[0] != "step"] == [c[:2] for c in found["plain"][0] if c[0] != "step"]
+    assert len(found["plain"][0]) > 20
+    torch.testing.assert_close(found["compiled"][1], found["plain"][1], rtol=1e-4, atol=1e-5)
+
+
+def test_first_order_reads_layers_that_are_not_compiled(fresh_accelerate, tmp_path):
+    lead = dataclasses.replace(CHOICE, estimator="first_order")
+    with pytest.raises(ValueError, match="`torch_compile` must be False: first_order reads layers"):
+        lead_trainer(tmp_path, lead=lead, torch_compile_backend="eager").train()
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 2), (3, 1), (1, 4), (8, 3)])
