@@ -116,7 +116,9 @@ def _synchronize() -> None:
 def machine() -> dict[str, Any]:
     """What a reader needs to place the numbers."""
     root = Path(__file__).resolve().parents[1]
-    commit = _output("git", "-C", str(root), "describe", "--always", "--dirty")
+    commit = _output("git", "-C", str(root), "describe", "--always")
+    if _output("git", "-C", str(root), "status", "--porcelain", "--", ".", ":!benchmarks/results"):  # what it writes itself
+        commit += "-dirty"
     found: dict[str, Any] = {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),

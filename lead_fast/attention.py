@@ -67,11 +67,14 @@ def packed_attention(
     kernel, reason = _kernel_for(query, dropout, scaling, sliding_window, softcap)
     if kernel is None or cu_seq_lens_q is None or max_length_q is None:
         if reason is not None:
-            _say_once(reason)
-        if torch.compiler.is_compiling() and dropout == 0.0 and _is_recomputed(module):
+            _say_once(f"attention runs sample by sample: {reason}")
+        recomputed = torch.compiler.is_compiling() and _is_recomputed(module)
+        if recomputed and dropout > 0.0:
+            _say_once("attention has dropout: torch.compile makes no graph of layers that are recomputed")
+        if recomputed and dropout == 0.0:
             out = _as_one_operator(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap)
         else:
-            out = per_sample_attention(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, softcap)
+            out = _uncompiled(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, softcap)
         return out.transpose(1, 2), None
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     bounds = cu_seq_lens_q.to(torch.int32)
@@ -102,8 +105,8 @@ def _constant(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @_constant
-def _say_once(reason: str) -> None:
-    logger.warning("attention runs sample by sample: %s", reason)
+def _say_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 @_constant
@@ -219,6 +222,10 @@ def per_sample_attention(
     return torch.cat(outputs, 2)
 
 
+# Lengths are numbers in it: compiled, each batch would be a graph of its own.
+_uncompiled: Any = torch.compiler.disable(per_sample_attention)
+
+
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
     return (distance >= 0) & (distance < (length if window is None else window))
@@ -237,7 +244,7 @@ def _softcapped_attention(
 
 
 # Sample by sample as one operator of a compiled graph. What it does follows the lengths, which no graph holds: torch.compile
-# makes two graphs of a layer around it, but for a layer that is recomputed it makes one or none.
+# splits a layer around it, but a layer that is recomputed becomes one graph or none.
 
 
 def _is_recomputed(module: nn.Module) -> bool:
@@ -271,8 +278,8 @@ def _per_sample_backward(
 
 
 @_per_sample_operator.register_fake
-def _(query: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(query.shape)
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 @_per_sample_backward.register_fake

@@ -441,7 +441,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def compile_layers(model: nn.Module, **options: Any) -> None:
-    """Compiles each layer by torch.compile, for packed batches of any length: one graph serves them all.
+    """Compiles each layer by torch.compile, for packed batches of any length.
 
     Args:
         model: a causal LM or a peft model.

@@ -175,7 +175,7 @@ class Shards:
 
     def load_state_dict(self, state: dict[str, Tensor], device: torch.device) -> None:
         """Takes this rank's share of `state_dict()`; where there are other ranks than then, the first one takes all."""
-        parts = [part.to(device) for part in state.values()]
+        parts = _by_rank(state, device)
         if len(parts) == dist.get_world_size(self.group):
             parts = [parts[dist.get_rank(self.group)]]
         elif dist.get_rank(self.group):
@@ -227,4 +227,9 @@ def _in_order(parts: Sequence[Tensor]) -> Iterator[Observation]:
 
 def observations_of(state: dict[str, Tensor], device: torch.device) -> Iterator[Observation]:
     """All observations of a `Shards.state_dict()`, in the order in which one process would have made them."""
-    return _in_order([part.to(device) for part in state.values()])
+    return _in_order(_by_rank(state, device))
+
+
+def _by_rank(state: dict[str, Tensor], device: torch.device) -> list[Tensor]:
+    """Its parts in the order of ranks; a file may hold "10" before "2"."""
+    return [state[str(rank)].to(device) for rank in range(len(state))]

@@ -180,6 +180,30 @@ def test_a_compiled_graph_has_the_kernel_of_a_gpu():
     assert any("lead_fast.per_sample_attention" in target for target in graph_of(torch.float32))
 
 
+def test_values_may_be_narrower_than_keys():
+    """As in multi-head latent attention."""
+    torch._dynamo.reset()
+    q, k, v = (x.requires_grad_() for x in (heads(4, 0), heads(2, 1), heads(2, 2)[..., :5].clone()))
+
+    def attend():
+        return packed_attention(RECOMPUTED, q, k, v, None, cu_seq_lens_q=BOUNDS, max_length_q=12)[0]
+
+    expected, got = attend(), torch.compile(attend, fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(got, expected)
+    assert got.shape == (1, 18, 4, 5)
+    for ours, truth in zip(torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v)),
+                           strict=True):  # fmt: skip
+        torch.testing.assert_close(ours, truth)
+
+
+def test_dropout_that_keeps_a_recomputed_layer_from_its_graph_is_said(caplog, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(attention, "_say_once", attention._say_once.__wrapped__)
+    q = heads(4, 0)
+    torch.compile(lambda: packed_attention(RECOMPUTED, q, q, q, None, dropout=0.1, cu_seq_lens_q=BOUNDS), backend="eager")()
+    assert "attention has dropout: torch.compile makes no graph" in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_reaches_into_the_operator(dtype):
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from test_engine_from_spec import Script, make_pool, rows_of, same_state, samples
 
 import lead_fast as lf
-from lead_fast.ranks import Ranks
+from lead_fast.ranks import Ranks, observations_of
 
 ROUNDS = 25
 OPTIONS = {"budget": 1.0, "max_uses": 3, "rate": 0.1, "min_rounds": 15}
@@ -78,3 +78,11 @@ def test_ranks_share_work_and_notice_when_they_disagree(tmp_path):
     alone = Ranks.started("cpu")
     assert alone.world == 1 and alone.share([1, 2]) == [1, 2] and not alone.idles([1]) and alone.gather(3) == [3]
     alone.agree("anything", 1)
+
+
+def test_observations_keep_their_ranks_in_a_file_that_sorts_by_name():
+    """As a checkpoint has them: "10" before "2"."""
+    parts = {str(rank): torch.tensor([[0.0, 0.0, rank, 1.0, 1.0, 1.0]], dtype=torch.float64) for rank in range(12)}
+    read = dict(sorted(parts.items()))
+    assert list(read) != list(parts)
+    assert [int(o.rows) for o in observations_of(read, torch.device("cpu"))] == list(range(12))

@@ -66,16 +66,15 @@ struct SlabGradients {
 
 struct TileKernels {
   int64_t lanes;
-  // The logits of the slab's rows [from, to), whole blocks: softmax.max, softmax.others and the label_logit of tokens
+  // The logits of the slab's rows [from, to), whole blocks: blocks.max, blocks.others and the label_logit of tokens
   // whose label is among them. `scratch` [panels, kSoftmaxRows, lanes] has the logits where the slab keeps none.
-  void (*logits)(const Slab& slab, int64_t from, int64_t to, const SoftmaxBlocks& softmax, float* label_logit,
+  void (*logits)(const Slab& slab, int64_t from, int64_t to, const SoftmaxBlocks& blocks, float* label_logit,
                  float* scratch);
-  // One panel's softmax from all its `blocks`, and softmax.factor; `count` lanes have tokens, whose losses go to `nll`.
-  void (*softmax)(const SoftmaxBlocks& blocks_softmax, int64_t blocks, const int32_t* label, int64_t count,
-                  const TokenSoftmax& softmax, float* nll);
+  // One panel's softmax from all its blocks, and blocks.factor; `count` lanes have tokens, whose losses go to `nll`.
+  void (*softmax)(const SoftmaxBlocks& blocks, int64_t num_blocks, const int32_t* label, int64_t count,
+                  const TokenSoftmax& tokens, float* nll);
   // d nll / d a of the slab's logits enters the gradients.
-  void (*gradients)(const Slab& slab, const SoftmaxBlocks& blocks, const TokenSoftmax& softmax,
-                    const SlabGradients& to);
+  void (*gradients)(const Slab& slab, const SoftmaxBlocks& blocks, const TokenSoftmax& tokens, const SlabGradients& to);
   // d_weight [rows, width] += the product of the first `rows` rows of `block` and `scaled`, both as in SlabGradients.
   void (*add_weight_grad)(const float* block, int64_t panels, int64_t rows, const float* scaled, const float* scale,
                           int64_t width, float* d_weight);

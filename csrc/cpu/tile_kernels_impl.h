@@ -117,46 +117,49 @@ void block_softmax(float* a, int64_t v, int64_t rows, const int32_t* label, cons
   store(others, sums);
 }
 
-void softmax(const SoftmaxBlocks& blocks_softmax, int64_t blocks, const int32_t* label, int64_t count,
-             const TokenSoftmax& softmax, float* nll) {
-  const int64_t stride = blocks_softmax.stride;
+void softmax(const SoftmaxBlocks& blocks, int64_t num_blocks, const int32_t* label, int64_t count,
+             const TokenSoftmax& tokens, float* nll) {
+  const int64_t stride = blocks.stride;
   for (int64_t half = 0; half < kLanes; half += kWidth) {
-    const float *max = blocks_softmax.max + half, *others = blocks_softmax.others + half;
+    const float *max = blocks.max + half, *others = blocks.others + half;
     Floats largest = broadcast(-INFINITY);
-    for (int64_t b = 0; b < blocks; ++b) largest = load(max + b * stride) > largest ? load(max + b * stride) : largest;
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      const Floats x = load(max + b * stride);
+      largest = x > largest ? x : largest;
+    }
     const Floats shift = largest == -INFINITY ? Floats{} : largest;
     double totals[kWidth] = {};
-    for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t b = 0; b < num_blocks; ++b) {
       const Floats part = exp_nonpositive(load(max + b * stride) - shift) * load(others + b * stride);
       for (int lane = 0; lane < kWidth; ++lane) totals[lane] += part[lane];
     }
     for (int lane = 0; lane < kWidth; ++lane) {
       const int64_t t = half + lane;
       if (t >= count) {  // p = exp(z - max) * 0, or NaN beside a NaN in W, and of scale 0 either way
-        softmax.max[t] = INFINITY;
-        softmax.inverse[t] = softmax.label_grad[t] = 0;
+        tokens.max[t] = INFINITY;
+        tokens.inverse[t] = tokens.label_grad[t] = 0;
         continue;
       }
-      const float z_label = label[t] < 0 ? NAN : softmax.label_logit[t];
+      const float z_label = label[t] < 0 ? NAN : tokens.label_logit[t];
       const float top = z_label > largest[lane] ? z_label : largest[lane];
       const bool none = largest[lane] == -INFINITY;  // but perhaps a NaN
       const double rest = totals[lane] * (none ? 1 : exp(double(largest[lane]) - top));
       const double distance = double(top) - z_label, total = rest + exp(-distance);
       nll[t] = float(distance == 0 ? log1p(rest) : log(total) + distance);
-      softmax.max[t] = top;
-      softmax.inverse[t] = float(1 / total);
-      softmax.label_grad[t] = float(-rest / total);
+      tokens.max[t] = top;
+      tokens.inverse[t] = float(1 / total);
+      tokens.label_grad[t] = float(-rest / total);
     }
-    const Floats top = load(softmax.max + half), inverse = load(softmax.inverse + half);
-    for (int64_t b = 0; b < blocks; ++b) {
-      store(blocks_softmax.factor + b * stride + half, exp_nonpositive(load(max + b * stride) - top) * inverse);
+    const Floats top = load(tokens.max + half), inverse = load(tokens.inverse + half);
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      store(blocks.factor + b * stride + half, exp_nonpositive(load(max + b * stride) - top) * inverse);
     }
   }
 }
 
 // A block of logits for one vector of tokens, after block_softmax.
 void to_gradients(const float* logits, int64_t v, int64_t rows, const int32_t* label, const LogitMap& map,
-                  const float* factor, const TokenSoftmax& softmax, double* squares, float* gradients) {
+                  const float* factor, const TokenSoftmax& tokens, double* squares, float* gradients) {
   alignas(64) float buffer[kSoftmaxRows * kWidth], slopes[kSoftmaxRows * kWidth];
   const auto labelled = [&](int lane) { return v <= label[lane] && label[lane] < v + rows; };
   Floats sums{};
@@ -165,7 +168,7 @@ void to_gradients(const float* logits, int64_t v, int64_t rows, const int32_t* l
     for (int lane = 0; lane < kWidth; ++lane) {
       if (labelled(lane)) buffer[(label[lane] - v) * kWidth + lane] = -INFINITY;
     }
-    const Floats top = load(softmax.max), inverse = load(softmax.inverse);
+    const Floats top = load(tokens.max), inverse = load(tokens.inverse);
     for (int64_t r = 0; r < rows; ++r) {
       const Floats p = exp_nonpositive(load(buffer + r * kWidth) - top) * inverse;
       sums += p * p;
@@ -184,7 +187,7 @@ void to_gradients(const float* logits, int64_t v, int64_t rows, const int32_t* l
     if (!labelled(lane)) continue;
     const int64_t r = label[lane] - v;
     const float slope = map.softcap > 0 ? slopes[r * kWidth + lane] : map.logit_scale;
-    gradients[r * kLanes + lane] = softmax.label_grad[lane] * slope;
+    gradients[r * kLanes + lane] = tokens.label_grad[lane] * slope;
   }
 }
 
@@ -217,13 +220,13 @@ inline float* logit_rows(const Slab& slab, int64_t panel, int64_t v) {
   return slab.logits + (panel * padded_rows(slab.end - slab.begin) + v - slab.begin) * kLanes;
 }
 
-void logits(const Slab& slab, int64_t from, int64_t to, const SoftmaxBlocks& softmax, float* label_logit,
+void logits(const Slab& slab, int64_t from, int64_t to, const SoftmaxBlocks& blocks, float* label_logit,
             float* scratch) {
   alignas(64) float tile[kTileRows * kRowStride];
   const int64_t width = slab.width, parts = (width + kMostDepth - 1) / kMostDepth;
   const int64_t depth = rounded_up((width + parts - 1) / parts, kUnroll);
   for (int64_t v = from; v < to; v += kSoftmaxRows) {
-    const int64_t rows = smaller(kSoftmaxRows, to - v), block = (v - slab.begin) / kSoftmaxRows * softmax.stride;
+    const int64_t rows = smaller(kSoftmaxRows, to - v), block = (v - slab.begin) / kSoftmaxRows * blocks.stride;
     const auto at = [&](int64_t panel) {
       return slab.logits != nullptr ? logit_rows(slab, panel, v) : scratch + panel * kSoftmaxRows * kLanes;
     };
@@ -242,8 +245,8 @@ void logits(const Slab& slab, int64_t from, int64_t to, const SoftmaxBlocks& sof
       }
     }
     for (int64_t t = 0; t < slab.panels * kLanes; t += kWidth) {
-      block_softmax(at(t / kLanes) + t % kLanes, v, rows, slab.label + t, slab.map, softmax.max + block + t,
-                    softmax.others + block + t, label_logit + t);
+      block_softmax(at(t / kLanes) + t % kLanes, v, rows, slab.label + t, slab.map, blocks.max + block + t,
+                    blocks.others + block + t, label_logit + t);
     }
   }
 }
@@ -318,13 +321,13 @@ void add_weight_grad(const float* block, int64_t panels, int64_t rows, const flo
   }
 }
 
-void gradients(const Slab& slab, const SoftmaxBlocks& blocks, const TokenSoftmax& softmax, const SlabGradients& to) {
+void gradients(const Slab& slab, const SoftmaxBlocks& blocks, const TokenSoftmax& tokens, const SlabGradients& to) {
   for (int64_t v = slab.begin; v < slab.end; v += kGradientRows) {
     const int64_t rows = smaller(kGradientRows, slab.end - v);
     for (int64_t t = 0; t < slab.panels * kLanes; t += kWidth) {
       const int64_t panel = t / kLanes, half = t % kLanes;
       float* out = to.block + panel * kGradientRows * kLanes + half;
-      const TokenSoftmax token = {nullptr, softmax.max + t, softmax.inverse + t, softmax.label_grad + t};
+      const TokenSoftmax token = {nullptr, tokens.max + t, tokens.inverse + t, tokens.label_grad + t};
       for (int64_t r = 0; r < rows; r += kSoftmaxRows) {
         const float* factor = blocks.factor + (v + r - slab.begin) / kSoftmaxRows * blocks.stride + t;
         to_gradients(logit_rows(slab, panel, v + r) + half, v + r, smaller(kSoftmaxRows, rows - r), slab.label + t,

@@ -1,11 +1,11 @@
 // A chunk of tokens goes through the head twice, each thread with its own slab of the vocabulary:
 //   logits of the slab and the softmax of its blocks; then the whole softmax, token by token;
 //   gradients of the slab's logits, its part of d_hidden, its rows of d_weight; then the sum of the parts.
-// One sweep over the head takes a chunk's gradients and the next chunk's logits, so that threads wait for each other
-// once a chunk; who is early takes blocks of logits from the others. Where the slabs' parts of d_hidden would outgrow
-// the logits, there are fewer slabs, and threads share the tokens as well. Held are the logits of one chunk, in memory
-// that the process keeps, and these parts. Results depend on the number of threads, as those of torch.mm do, and on
-// nothing else: every sum has its place, whoever computes it.
+// One sweep is a chunk's gradients and then the next chunk's logits, so that a chunk has one long wait for the slowest
+// thread, and who is early takes blocks of logits from the others. Where a frozen head's parts of d_hidden would
+// outgrow the logits, there are fewer slabs, and threads share the tokens as well. Held are the logits of one chunk, in
+// memory that the process keeps, and these parts. Results depend on the number of threads, as those of torch.mm do, and
+// on nothing else: every sum has its place, whoever computes it.
 #include "cpu/tiled_loss.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -102,8 +102,8 @@ class TiledLoss {
 
   // Where a share is in a sweep.
   struct Progress {
-    std::atomic<bool> gradients_done{false};  // the logits of the chunk before may go
-    std::atomic<int64_t> taken{0};            // times kLogitRows of the slab's rows
+    std::atomic<bool> logits_free{false};  // those of the chunk before are not needed any more
+    std::atomic<int64_t> taken{0};         // steps of kLogitRows rows that have been handed out
   };
 
   int64_t chunk_lanes() const { return panels_ * lanes_; }
@@ -153,18 +153,19 @@ class TiledLoss {
     for (int64_t t = 0; t < count; ++t) chunk.label[t] = static_cast<int32_t>(tokens_.label[begin + t]);
   }
 
-  // The gradients of `last` and the logits of `now`; neither if null.
+  // The gradients of `last` and the logits of `now`; either may be null.
   void sweep(const Chunk* last, const Chunk* now) {
     const int64_t shares = slabs_ * groups_;
     std::vector<Progress> progress(shares);
+    for (Progress& share : progress) share.logits_free = last == nullptr;
     parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
       for (int64_t number = from; number < to; ++number) {
         if (last != nullptr) gradients(share_of(*last, number), block_of(number));
-        progress[number].gradients_done.store(true, std::memory_order_release);
+        progress[number].logits_free.store(true, std::memory_order_release);
         for (int64_t i = 0; i < shares && now != nullptr; ++i) {
           const int64_t other = (number + i) % shares;
           // Not waited for: its thread may be this one.
-          if (!progress[other].gradients_done.load(std::memory_order_acquire)) continue;
+          if (!progress[other].logits_free.load(std::memory_order_acquire)) continue;
           logits(share_of(*now, other), progress[other].taken, block_of(number));
         }
       }
@@ -173,7 +174,7 @@ class TiledLoss {
 
   void logits(const Share& share, std::atomic<int64_t>& taken, float* scratch) {
     const Slab& slab = share.slab;
-    while (true) {
+    while (slab.panels > 0) {
       const int64_t from = slab.begin + taken.fetch_add(1, std::memory_order_relaxed) * kLogitRows;
       if (from >= slab.end) return;
       kernels_.logits(slab, from, std::min(from + kLogitRows, slab.end), blocks_of(share.slab_number, share.token),
@@ -182,6 +183,7 @@ class TiledLoss {
   }
 
   void gradients(const Share& share, float* block) {
+    if (share.slab.panels == 0) return;
     const int64_t t = share.token, columns = padded_rows(width_) * lanes_;
     float* d_part = nullptr;
     if (results_.d_hidden != nullptr) {

@@ -71,6 +71,9 @@ class LeadRounds(_Host):
         with self._attention.on():
             self._packed = PackedModel(model)  # pyright: ignore[reportArgumentType]
         args, self._ranks = self.args, Ranks.started(self.args.device)
+        plugin: Any = self.accelerator.state.dynamo_plugin
+        if plugin.backend != DynamoBackend.NO and not args.torch_compile:
+            logger.warning("accelerate's dynamo_backend is not used; `torch_compile` compiles the model's layers")
         if args.torch_compile:
             compile_layers(self._packed.model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.engine = LeadEngine(pool, lead or LeadConfig(), args.device, group=self._ranks.group)
@@ -83,12 +86,16 @@ class LeadRounds(_Host):
         if not resume_from_checkpoint and self.engine.num_rounds:
             raise RuntimeError(f"{type(self).__name__}.train: its budget is in use already; make a new trainer, or resume")
         self._follow_weights()
-        with self._compiled_by_layers():
+        with self._not_compiled_whole():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._not_compiled_whole():
+            return super().evaluation_loop(*args, **kwargs)
+
     @contextmanager
-    def _compiled_by_layers(self) -> Iterator[None]:
-        """accelerate, which would compile the whole model, prepares it as it is."""
+    def _not_compiled_whole(self) -> Iterator[None]:
+        """accelerate prepares the model as it is, whose layers are compiled where `torch_compile` is asked for."""
         plugin: Any = self.accelerator.state.dynamo_plugin
         backend, plugin.backend = plugin.backend, DynamoBackend.NO
         try:

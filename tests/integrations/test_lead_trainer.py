@@ -137,6 +137,17 @@ def test_torch_compile_compiles_the_layers(checkpointing, fresh_accelerate, tmp_
     torch.testing.assert_close(found["compiled"][1], found["plain"][1], rtol=1e-4, atol=1e-5)
 
 
+def test_the_whole_model_is_never_compiled(fresh_accelerate, monkeypatch, tmp_path):
+    """Nor where it is evaluated first, which would leave a compiled whole to training."""
+    compiled, compile_function = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda what, **options: compiled.append(what) or compile_function(what, **options))
+    trainer = lead_trainer(tmp_path, eval_dataset=[TokenRows()[0]] * 4, torch_compile_backend="aot_eager", max_steps=3)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] != before
+    assert len(compiled) == 2 and not any(isinstance(what, torch.nn.Module) for what in compiled)  # the calls of both layers
+
+
 def test_first_order_reads_layers_that_are_not_compiled(fresh_accelerate, tmp_path):
     lead = dataclasses.replace(CHOICE, estimator="first_order")
     with pytest.raises(ValueError, match="`torch_compile` must be False: first_order reads layers"):
