@@ -45,10 +45,13 @@ class Run:
         return self.held.exists()
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
-        """Looks again and again; a run that does not come so far fails the test with its log."""
+        """Looks again and again; a run that ends before, or does not come so far, fails the test with its log."""
         deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, self.log.read_text()
+        while True:
+            ended = not _alive(self.pid)  # asked first: what it did last counts
+            if condition():
+                return
+            assert not ended and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.002)
 
 
@@ -76,6 +79,7 @@ class Runs:
                 `part`, the process stands still until it is killed.
             slow: seconds that each call of os.fsync takes longer that touches a checkpoint being written.
             file_limit: bytes that a file may have (RLIMIT_FSIZE).
+            folder: to run in.
             environment: variables of this run.
         """
         self._count += 1
@@ -141,6 +145,8 @@ def _run(job: dict[str, Any]) -> None:
 
     os.environ.update(job.get("environment", {}))
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    if "folder" in job:
+        os.chdir(job["folder"])
     for stream in (1, 2):
         os.dup2(log, stream)
     if "hold" in job:
@@ -160,7 +166,7 @@ def _run(job: dict[str, Any]) -> None:
 def _hold(log: str) -> None:
     Path(log).with_suffix(".held").touch()
     while True:
-        time.sleep(60.0)
+        signal.pause()
 
 
 def _wrap(name: str, part: str, before: Any) -> None:

@@ -180,6 +180,22 @@ def test_a_compiled_graph_has_the_kernel_of_a_gpu():
     assert any("lead_fast.per_sample_attention" in target for target in graph_of(torch.float32))
 
 
+@pytest.mark.parametrize("options", [{"sliding_window": 3}, {"softcap": 2.0}], ids=str)
+def test_a_layer_that_is_split_is_not_compiled_again_for_every_length(options):
+    torch._dynamo.reset()
+    graphs, after_length = CompileCounterWithBackend("eager"), []
+
+    @torch.compile(dynamic=True, backend=graphs)
+    def layer(q, k, v, bounds):
+        return 2 * packed_attention(None, 2 * q, k, v, None, cu_seq_lens_q=bounds, **options)[0]
+
+    for ends in ([4, 9], [1, 6], [2, 12], [5, 6, 18], [3, 8, 11, 17]):
+        inputs = [heads(count, seed)[:, :, : ends[-1]].clone() for seed, count in enumerate((4, 2, 2))]
+        layer(*inputs, torch.tensor([0, *ends], dtype=torch.int32))
+        after_length.append(graphs.frame_count)
+    assert 0 < after_length[-1] <= 4, after_length
+
+
 def test_values_may_be_narrower_than_keys():
     """As in multi-head latent attention."""
     torch._dynamo.reset()

@@ -138,6 +138,18 @@ def test_threads_share_the_vocabulary(backend: tuple[str, str], dtype: torch.dty
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("tokens", [100, 700])
+def test_losses_without_a_gradient_are_those_with_one(tokens: int) -> None:
+    """To the bit: no logits are kept then, of any of a chunk's tokens."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(tokens, 64, requires_grad=True), torch.randn(3000, 64) / 8
+    labels, boundaries = torch.randint(3000, (tokens,)), torch.tensor([0, 40, tokens])
+    expected = linear_cross_entropy(hidden, weight, labels, boundaries, backend="cpp")
+    got = linear_cross_entropy(hidden.detach(), weight, labels, boundaries, backend="cpp", stats="loss")
+    assert expected.samples is not None and got.samples is not None
+    assert torch.equal(got.loss, expected.loss.detach()) and torch.equal(got.samples.loss, expected.samples.loss)
+
+
 def test_an_early_thread_takes_logits_from_the_others() -> None:
     """More threads than cores are never equally far: whoever computes a block, its sums are the same to the bit."""
     torch.manual_seed(0)

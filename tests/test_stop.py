@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -335,19 +334,12 @@ def test_rounds_do_not_depend_on_which_stages_ran_before(reference, tmp_path):
 def test_a_run_resumes_within_its_folder_whatever_paths_it_was_given(runs, reference, tmp_path, monkeypatch):
     options, expected = reference("lora")
     relative = [os.path.relpath(option, tmp_path) if option.startswith(str(reference.folder)) else option for option in options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LEAD_FAST_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "lead_fast"]
-    process = subprocess.Popen([*command, *relative, "--out", "run"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60.0
-    while not list((tmp_path / "run").glob("checkpoints/step-*")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    done = subprocess.run(
-        [*command, "train", "--resume"], cwd=tmp_path / "run", env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    environment = {"LEAD_FAST_CACHE": str(tmp_path / "cache")}
+    run = runs.start([*relative, "--out", "run"], folder=str(tmp_path), environment=environment)
+    run.wait_until(lambda: any((tmp_path / "run").glob("checkpoints/step-*")))
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait() == 143
+    finished(runs.start(["train", "--resume"], folder=str(tmp_path / "run"), environment=environment))
     assert_same_run(tmp_path / "run", expected)
 
 

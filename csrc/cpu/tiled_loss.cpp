@@ -73,7 +73,7 @@ class TiledLoss {
     const int64_t count = ceil_div(tokens_.size(), chunk_lanes());
     reserve(blocks_, slabs_ * groups_ * block_size());
     if (gradient && results_.d_hidden != nullptr) reserve(d_parts_, slabs_ * padded_rows(width_) * chunk_lanes());
-    logits_ = gradient ? kept_.reserve(chunk_lanes() * padded_rows(map_.vocab)) : nullptr;
+    logits_ = gradient ? kept_.emplace().reserve(chunk_lanes() * padded_rows(map_.vocab)) : nullptr;
     for (int64_t i = 0; i < count; ++i) {
       Chunk& now = chunks[i % 2];
       pack(i * chunk_lanes(), now);
@@ -256,7 +256,7 @@ class TiledLoss {
   // Panels of a whole chunk; parts of the vocabulary, and of the panels; blocks of logits in the largest slab.
   int64_t panels_, slabs_ = 1, groups_ = 1, slab_blocks_;
   std::optional<Tensor> blocks_, scaled_, d_parts_;
-  KeptBuffer kept_;
+  std::optional<KeptBuffer> kept_;
   float* logits_ = nullptr;
   const float* scaled_rows_ = nullptr;
   std::vector<float> block_max_, block_others_, block_factor_;  // see blocks_of
