@@ -49,6 +49,7 @@ def observe(
     adam_beta1: float,
     max_uses: int,
     num_choosable: int,
+    before: NDArray[np.float64] | None = None,
 ) -> None: ...
 def step(
     lr: NDArray[np.float64],

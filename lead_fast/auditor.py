@@ -15,7 +15,7 @@ from lead_fast.engine import LeadEngine
 from lead_fast.reference_state import STREAM_AUDIT
 from lead_fast.rng import philox_uniform
 from lead_fast.rounds import Round, RoundReport
-from lead_fast.visits import make_visit
+from lead_fast.visits import predictions
 
 #: true losses of rows now, fp32 [n] on the CPU, and the tokens of the forward passes that gave them
 Scorer = Callable[[Sequence[int]], tuple[Tensor, int]]
@@ -50,9 +50,8 @@ class Auditor:
         rows = audit_rows(self.engine, rnd.number, self.num_rows)
         engine, at = self.engine, rows.to(self.engine.device)
         # Predicted before they are scored: a scorer that touched the engine could not make the audit look better.
-        unknown = torch.full((len(rows),), torch.nan, device=at.device)
-        visit = make_visit(engine.table, engine.clocks, engine.estimators, at, unknown, torch.ones_like(at, dtype=torch.bool))
-        columns = {name: column.cpu() for name, column in visit.items()}
+        predicted = predictions(engine.table, engine.clocks, engine.estimators, at)
+        columns = {name: column.cpu() for name, column in predicted.items()}
         columns["observed"], tokens = self.score(rows.tolist())
         if self.folder is not None:
             write_records(self.folder, "rescored", rnd.number, columns)

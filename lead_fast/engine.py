@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-import lead_fast.estimators
-import lead_fast.first_order  # noqa: F401  both register estimators by name
+import lead_fast.first_order  # noqa: F401  registers an estimator by name
 from lead_fast.bandit import Bandit
 from lead_fast.config import LeadConfig
 from lead_fast.device import copy_to_host, to_device
+from lead_fast.estimators import keeps_grad_norm
 from lead_fast.files import write_jsonl
 from lead_fast.pool import Pool
 from lead_fast.ranks import Observation, Shards, observations_of
 from lead_fast.reference_state import (
+    BEFORE_DROP,
     CHOOSE,
     IDU,
     LOSS,
@@ -53,11 +54,10 @@ from lead_fast.utility import (
     observed,
     utility,
 )
-from lead_fast.visits import make_visit
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 class LeadEngine:
@@ -251,7 +251,7 @@ class LeadEngine:
             rnd, rewards=rewards, scaled=scaled, log_weights=self.bandit.log_w.clone(), num_samples=seen.sum(),
             loss=torch.where(seen, loss, 0.0).sum() / seen.sum(), quarantined=barred,
             estimator=self.estimator, snapshot=self.estimator.snapshot(clocks),
-            visits=visits if self.record_visits else None,
+            visits=visits if self.record_visits else None, paired=self._paired,
         )  # fmt: skip
 
     def utility(self, rows: Tensor) -> Tensor:
@@ -286,6 +286,11 @@ class LeadEngine:
         return [e for e in self.estimators.values() if type(e).pair is not LossChangeEstimator.pair]
 
     @cached_property
+    def _paired(self) -> str | None:
+        """The estimator whose drops `observe` itself records."""
+        return next((name for name, estimator in self.estimators.items() if keeps_grad_norm(estimator)), None)
+
+    @cached_property
     def _pair_state(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         states = [state for e in self.estimators.values() if (state := e.pair_state()) is not None]
         if len(states) > 1:
@@ -299,23 +304,34 @@ class LeadEngine:
         now, steps = None, clocks.num_steps
         if step != steps:  # of a round that went on since
             now, clocks.num_steps = torch.full((1,), step, device=self.device), step
-        if self._hooked or self.record_visits:
+        if self._hooked:
             self._show(rows, loss, num_tokens)
+        before = self._record(rows, loss) if self.record_visits else None
         try:
             torch.ops.lead_fast.observe(
                 rows, loss, num_tokens, grad_norm_sq, now, table.position, table.arm, table.values, table.seen, table.flags,
                 table.left, clocks.counters, clocks.clock, clocks.unit, *self._pair_state, self.config.adam_beta1,
-                self.config.max_uses, self.groups.num_choosable,
+                self.config.max_uses, self.groups.num_choosable, before,
             )  # fmt: skip
         except RuntimeError as error:  # what compiled kernels raise for a row number out of range
             raise ValueError(f"LeadEngine.{error}") from error
         clocks.num_steps = steps
 
+    def _record(self, rows: Tensor, loss: Tensor) -> Tensor:
+        """Opens the record of a micro-batch: what `observe` is to write what stood of its rows before."""
+        before = torch.empty(BEFORE_DROP + 1, len(rows), dtype=torch.float64, device=self.device)
+        record = {"before": before, "observed": loss.clone()}  # the caller may fill its buffer again
+        others = {name: e for name, e in self.estimators.items() if name != self._paired}
+        if others:
+            in_pool = (rows >= 0) & (rows < len(self.pool))
+            at = self.table.position[torch.where(in_pool, rows, 0)].long()
+            record |= {name: estimator.drop(self.table, self.clocks, at) for name, estimator in others.items()}
+        self._at.visits.append(record)
+        return before
+
     def _show(self, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> None:
-        """Hands a micro-batch to hooks and records, before the table takes it."""
+        """Hands a micro-batch to hooks, before the table takes it."""
         valid = observed(self.table, rows, loss, num_tokens)
-        if self.record_visits:
-            self._at.visits.append(make_visit(self.table, self.clocks, self.estimators, rows, loss, valid))
         spare = len(self.pool)
         at = torch.where(valid, self.table.position[torch.where(valid, rows, 0)].long(), spare)
         for estimator in self._hooked:

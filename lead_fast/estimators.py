@@ -176,3 +176,9 @@ class GradNorm(LossChangeEstimator):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("pairs", "totals", "fit"):
             getattr(self, name).copy_(state[name])
+
+
+def keeps_grad_norm(estimator: LossChangeEstimator) -> bool:
+    """Whether its drops are those of the regression that `observe` keeps for it: of a subclass that changes neither."""
+    same = ("coefficients", "drop", "pair_state")
+    return isinstance(estimator, GradNorm) and all(getattr(type(estimator), n) is getattr(GradNorm, n) for n in same)

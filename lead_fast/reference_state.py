@@ -41,6 +41,7 @@ LR, NUM_ITEMS, LR_SUM, ARM_LR_SUM = range(4)
 PEAK_LR, ROUND_LR = range(2)
 REVISITS, ALL_PAIRS, ERRORS = range(3)
 KAPPA, SLOPE_C, OWN_D, OTHER_E, ARM_OFFSETS = range(5)
+BEFORE_ROW, BEFORE_ARM, BEFORE_ROUND, BEFORE_LOSS, BEFORE_DROP = range(5)
 CHOOSE = {"topk": 0, "softmax": 1, "random": 2}
 VARIANTS = ("exp3", "exp3_ix", "exp3s", "uniform", "greedy")
 
@@ -59,6 +60,7 @@ def observe(
     rows: Tensor, loss: Tensor, num_tokens: Tensor, grad_norm_sq: Tensor, now: Tensor | None, position: Tensor, arm: Tensor,
     values: Tensor, seen: Tensor, flags: Tensor, left: Tensor, counters: Tensor, clock: Tensor, unit: Tensor,
     pairs: Tensor | None, totals: Tensor | None, fit: Tensor | None, adam_beta1: float, max_uses: int, num_choosable: int,
+    before: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Scatters one micro-batch's statistics into the table.
 
@@ -72,6 +74,9 @@ def observe(
         now: int64 [1], optimizer steps completed at the observation; None: up to now.
         pairs, totals, fit: of grad_norm, or None for other estimators.
         num_choosable: positions from here on are set aside.
+        before: fp64 [5, S], gets what stood of each sample's row before the table takes it: BEFORE_ROW, -1 where it is not
+            taken; BEFORE_ARM; BEFORE_ROUND, of its last visit; BEFORE_LOSS, when last seen; BEFORE_DROP, the fall since then
+            that grad_norm's fit in use predicts, 0 without `pairs`.
 
     No host synchronisation on a GPU; the result does not depend on the order in which a device executes writes.
     """
@@ -89,6 +94,8 @@ def observe(
     usable = present & finite & (flags[QUARANTINED, at] == 0)
     valid = usable & last_occurrence(torch.where(usable, rows, -1))
 
+    if before is not None:
+        _record(before, rows, torch.where(valid, at, num_rows), now, valid, arm, values, seen, clock, unit, fit, adam_beta1)
     if pairs is not None:
         assert totals is not None and fit is not None
         _add_pairs(torch.where(valid, at, num_rows), loss, now, valid, arm, values, seen, clock, unit, fit, adam_beta1,
@@ -126,6 +133,22 @@ def _since(step: Tensor, arm: Tensor, now: Tensor, clock: Tensor, unit: Tensor, 
     rate = clock[step, LR] / clock[step, NUM_ITEMS].clamp_min(1.0)
     momentum = torch.where(m > 0, 1.0 - torch.pow(torch.tensor(adam_beta1, dtype=torch.float64, device=m.device), m), 0.0)
     return rate * momentum, tau / unit[ROUND_LR], own, tau - own
+
+
+def _record(
+    before: Tensor, rows: Tensor, at: Tensor, now: Tensor, valid: Tensor, arm: Tensor, values: Tensor, seen: Tensor,
+    clock: Tensor, unit: Tensor, fit: Tensor | None, adam_beta1: float,
+) -> None:  # fmt: skip
+    k, drop = arm[at.clamp_max(len(arm) - 1)].long(), torch.zeros_like(before[BEFORE_DROP])
+    if fit is not None:
+        step = torch.minimum(seen[STEP, at].long(), now)
+        rate, tau, own, other = _since(step, k, now, clock, unit, adam_beta1)
+        slope = (fit[0, SLOPE_C] + fit[0, ARM_OFFSETS:][k]) * rate * torch.exp(-fit[0, KAPPA] * tau)
+        drop = slope * values[PROXY, at].double() + fit[0, OWN_D] * own + fit[0, OTHER_E] * other
+    before[BEFORE_ROW] = torch.where(valid, rows, -1).double()
+    stood = {BEFORE_ARM: k, BEFORE_ROUND: seen[ROUND, at], BEFORE_LOSS: values[LOSS, at], BEFORE_DROP: drop}
+    for number, column in stood.items():
+        before[number] = torch.where(valid, column, 0).double()
 
 
 def _add_pairs(

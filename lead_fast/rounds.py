@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lead_fast.selection import Candidates
 from lead_fast.utility import LossChangeEstimator
-from lead_fast.visits import Visits, collect
+from lead_fast.visits import Record, Visits, collect
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class OpenRound(NamedTuple):
     mask: Tensor  # bool [K], the arms that could be drawn
     first_step: int
     begin_weights: Tensor | None
-    visits: list[Visits]  # so far, where they are recorded
+    visits: list[Record]  # so far, where they are recorded
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts of tensors and numbers."""
@@ -101,13 +101,13 @@ class RoundReport:
 
     def __init__(self, rnd: Round, *, rewards: Tensor, scaled: Tensor, log_weights: Tensor, num_samples: Tensor, loss: Tensor,
                  quarantined: Tensor, estimator: LossChangeEstimator, snapshot: dict[str, Tensor],
-                 visits: list[Visits] | None) -> None:  # fmt: skip
+                 visits: list[Record] | None, paired: str | None) -> None:  # fmt: skip
         self._rows, self._num_arms = rnd.rows, len(rnd.arms)
         self.number, self.arm, self.arms = rnd.number, rnd.arm, rnd.arms
         self.probs, self.uniforms, self.forced = rnd.probs, rnd.uniforms, rnd.forced
         self._rewards, self._scaled, self._log_weights = rewards, scaled, log_weights
         self._num_samples, self._loss, self._quarantined = num_samples, loss, quarantined
-        self._estimator, self._snapshot, self._visits = estimator, snapshot, visits
+        self._estimator, self._snapshot, self._visits, self._paired = estimator, snapshot, visits, paired
 
     @cached_property
     def rewards(self) -> list[float]:
@@ -161,7 +161,7 @@ class RoundReport:
         Columns [n] on the CPU: row int64; arm int16; seen_round int32, of the row's visit before, 0 for its first;
         fp32 seen_loss, when last seen or the first utility; predicted.NAME, by each estimator, not cut at 0; observed.
         """
-        return None if self._visits is None else collect(self._visits)
+        return None if self._visits is None else collect(self._visits, self._paired)
 
     def __repr__(self) -> str:
         return f"RoundReport(number={self.number}, arm={self.arm}, reward={self.reward:.4g}, num_samples={self.num_samples})"

@@ -20,7 +20,7 @@ _TABLE = "Tensor(a!) values, Tensor(b!) seen, Tensor(c!) flags"
 SCHEMAS = {
     "observe": "(Tensor rows, Tensor loss, Tensor num_tokens, Tensor grad_norm_sq, Tensor? now, Tensor position, Tensor arm, "
     f"{_TABLE}, Tensor(d!) left, Tensor(e!) counters, Tensor clock, Tensor unit, Tensor(f!)? pairs, Tensor(g!)? totals, "
-    "Tensor? fit, float adam_beta1, int max_uses, int num_choosable) -> ()",
+    "Tensor? fit, float adam_beta1, int max_uses, int num_choosable, Tensor(h!)? before=None) -> ()",
     "step": "(Tensor lr, Tensor num_items, Tensor arms, Tensor(a!) clock, Tensor(b!) counters, Tensor(c!) unit) -> ()",
     "grad_norm_coefficients": "(Tensor clock, Tensor counters, Tensor unit, Tensor fit, float adam_beta1, int num_steps) "
     "-> Tensor",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lead_fast.reference_state import LOSS, ROUND
+from lead_fast.reference_state import BEFORE_ARM, BEFORE_DROP, BEFORE_LOSS, BEFORE_ROUND, BEFORE_ROW, LOSS, ROUND
 from lead_fast.utility import Clocks, LossChangeEstimator, UtilityTable
 
 #: columns of an estimator's predicted losses are named by this prefix and the estimator. They are not cut at 0, as Lhat is:
@@ -15,35 +15,36 @@ from lead_fast.utility import Clocks, LossChangeEstimator, UtilityTable
 PREDICTED = "predicted."
 
 Visits = dict[str, Tensor]
+#: of one micro-batch: "before" as `observe` writes it, "observed", and the drops that other estimators than grad_norm predict
+Record = dict[str, Tensor]
 
 
-def make_visit(
-    table: UtilityTable, clocks: Clocks, estimators: Mapping[str, LossChangeEstimator], rows: Tensor, loss: Tensor,
-    valid: Tensor,
-) -> Visits:  # fmt: skip
-    """One micro-batch's observations beside what every estimator predicted, before the table takes them; nothing waits.
+def predictions(table: UtilityTable, clocks: Clocks, estimators: Mapping[str, LossChangeEstimator], rows: Tensor) -> Visits:
+    """What stands of `rows`, int64 [R], now, and the loss that each estimator predicts of them: columns of `collect`."""
+    at = table.position[rows].long()
+    visits = {"row": rows, "arm": table.arm[at], "seen_round": table.seen[ROUND, at], "seen_loss": table.values[LOSS, at]}
+    for name, estimator in estimators.items():
+        visits[PREDICTED + name] = visits["seen_loss"] - estimator.drop(table, clocks, at)
+    return visits
+
+
+def collect(records: Sequence[Record], paired: str | None) -> Visits:
+    """The visits that the table took of micro-batches as one dict of columns on the CPU, in order; no micro-batch, no column.
 
     Args:
-        rows: int64 [S]. loss: fp32 [S], observed. valid: bool [S], see `utility.observed`; the others get row -1.
+        records: as the engine keeps them.
+        paired: the estimator whose drops "before" holds.
     """
-    known = torch.where(valid, rows, 0)
-    at = table.position[known].long()
-    visit = {
-        "row": torch.where(valid, rows, -1),
-        "arm": table.arm[at],
-        "seen_round": table.seen[ROUND, at],
-        "seen_loss": table.values[LOSS, at],
-        "observed": loss.clone(),  # the caller may fill its buffer again
-    }
-    for name, estimator in estimators.items():
-        visit[PREDICTED + name] = visit["seen_loss"] - estimator.drop(table, clocks, at)
-    return visit
-
-
-def collect(visits: Sequence[Visits]) -> Visits:
-    """The valid visits of micro-batches as one dict of columns on the CPU, in order; no micro-batch, no column."""
-    if not visits:
+    if not records:
         return {}
-    columns = {name: torch.cat([v[name] for v in visits]) for name in visits[0]}
-    valid = columns["row"] >= 0
-    return {name: column[valid].cpu() for name, column in columns.items()}
+    before = torch.cat([record["before"] for record in records], 1)
+    taken = before[BEFORE_ROW] >= 0
+    before = before[:, taken].cpu()
+    rest = {name: torch.cat([record[name] for record in records])[taken].cpu() for name in records[0] if name != "before"}
+    visits = {
+        "row": before[BEFORE_ROW].long(), "arm": before[BEFORE_ARM].short(), "seen_round": before[BEFORE_ROUND].int(),
+        "seen_loss": before[BEFORE_LOSS].float(), "observed": rest.pop("observed"),
+    }  # fmt: skip
+    if paired is not None:
+        rest = {paired: before[BEFORE_DROP].float(), **rest}
+    return visits | {PREDICTED + name: visits["seen_loss"] - drop for name, drop in rest.items()}

@@ -91,6 +91,10 @@ def _numbers(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def _before(num_samples: int) -> Tensor:
+    return torch.full((5, num_samples), torch.nan, dtype=torch.float64)
+
+
 _NO_PAIRS = (None, None, None)
 _LOG_W, _MASK = _numbers(0.0, -1.5, 40.0, -0.2), torch.tensor([True, True, False, True])
 _BY_ROUND = torch.from_numpy(np.random.default_rng(2).random((2, NUM_ARMS, 6)))
@@ -112,6 +116,11 @@ CASES: dict[str, tuple[str, Callable[[State], Arguments]]] = {
     "observe many": ("observe", lambda s: s.observe(500, seed=3)),
     "observe nothing": ("observe", lambda s: s.observe(0)),
     "observe, no pairs": ("observe", lambda s: (*(a := s.observe(seed=4))[:14], *_NO_PAIRS, *a[17:])),
+    "observe, recorded": ("observe", lambda s: (*s.observe(40, seed=6), _before(40))),
+    "observe, recorded without pairs": (
+        "observe",
+        lambda s: (*(a := s.observe(40, seed=7))[:14], *_NO_PAIRS, *a[17:], _before(40)),
+    ),
     "observe, of an earlier step": ("observe", lambda s: (*(a := s.observe(seed=5))[:4], torch.tensor([17]), *a[5:])),
     "step": ("step", lambda s: s.step([1])),
     "step of three arms": ("step", lambda s: s.step([3, -1, 0, 2])),

@@ -58,7 +58,7 @@ class State:
         fit = (self.pairs, self.totals, self.fit) if pairs else (None, None, None)
         return [rows, loss, g.integers(0, 3, size).astype(f32), grad, None if now is None else np.array([now]), self.position,
                 self.arm, self.values, self.seen, self.flags, self.left, self.counters, self.clock, self.unit, *fit, BETA1,
-                max_uses, self.num_choosable]  # fmt: skip
+                max_uses, self.num_choosable, np.full((5, size), np.nan)]  # fmt: skip
 
     def rank(self, arm: int = 0, **options: Any) -> list[Any]:
         settings = {"by_round": False, "utility": None, "num_tokens": None, "smoothing": 0.1, "rate": 0.3, "cap": -1,

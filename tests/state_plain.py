@@ -30,8 +30,10 @@ def since(clock, unit, step, now, arm, beta1):
 
 
 def observe(rows, loss, num_tokens, grad, now, position, arm, values, seen, flags, left, counters, clock, unit, pairs,
-            totals, fit, beta1, max_uses, num_choosable):  # fmt: skip
+            totals, fit, beta1, max_uses, num_choosable, before=None):  # fmt: skip
     now = int(counters[0] if now is None else now[0])
+    if before is not None:
+        before[:] = [[-1], [0], [0], [0], [0]]
     present = [i for i in range(len(rows)) if rows[i] >= 0 and num_tokens[i] > 0]
     was_quarantined = flags[1].copy()
     last = {}  # of a row that occurs twice the last finite loss counts
@@ -41,6 +43,13 @@ def observe(rows, loss, num_tokens, grad, now, position, arm, values, seen, flag
     for i in sorted(last.values()):
         p = position[rows[i]]
         k, s = arm[p], seen[0, p]
+        if before is not None:
+            before[:4, i] = rows[i], k, seen[1, p], values[LOSS, p]
+            if pairs is not None:
+                kappa, c, d, e, *offsets = fit[0]
+                rate, tau, own, other = since(clock, unit, min(s, now), now, k, beta1)
+                x = np.array([rate * float(values[PROXY, p]) * math.exp(-kappa * tau), own, other])
+                before[4, i] = x @ [c + offsets[k], d, e]
         if pairs is not None and s < now:
             rate, tau, own, other = since(clock, unit, s, now, k, beta1)
             truth = float(values[LOSS, p] - loss[i])

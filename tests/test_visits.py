@@ -8,6 +8,7 @@ import torch
 from test_engine_from_spec import Script, make_pool, rows_of, run_script, samples
 
 import lead_fast as lf
+from lead_fast.estimators import GradNorm
 
 OPTIONS = {"budget": 1.0, "max_uses": 3, "rate": 0.1, "min_rounds": 15}
 SHADOWS = ["none", "historical", "grad_norm"]
@@ -85,6 +86,36 @@ def test_visits_are_what_was_predicted_and_what_came():
         assert uncut == [pytest.approx(entry) for entry in expected], rnd.number
         assert visits["seen_loss"].tolist() == visits["predicted.none"].tolist()
     assert revisits > 100 and barred
+
+
+@lf.register_estimator
+class Halved(GradNorm):
+    """Half of what grad_norm predicts."""
+
+    name = "halved"
+
+    def coefficients(self, clocks):
+        return 0.5 * super().coefficients(clocks)
+
+
+def test_a_subclass_of_grad_norm_has_its_own_predictions_recorded():
+    engine, script = make(record=True, estimator="halved")
+    moved = 0
+    while (rnd := engine.begin_round()) is not None:
+        expected = []
+        for step in script.round(rnd.number, rnd.rows.tolist()):
+            for batch in step.batches:
+                rows, taken = rows_of(batch), samples(batch)
+                at = engine.table.position[rows.clamp_min(0)].long()
+                loss = engine.table.values[0, at] - engine.estimator.drop(engine.table, engine.clocks, at)
+                before = len(engine._at.visits)
+                engine.observe(rows, taken)
+                expected.append(loss[engine._at.visits[before]["before"][0] >= 0])
+            engine.step(lr=step.lr, num_items=step.num_items)
+        visits = engine.end_round().visits
+        assert torch.equal(visits["predicted.halved"], torch.cat(expected))
+        moved += int((visits["predicted.halved"] != visits["seen_loss"]).sum())
+    assert moved > 100
 
 
 def test_nothing_is_recorded_unless_asked():

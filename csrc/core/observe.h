@@ -22,6 +22,9 @@ struct Batch {
   const std::int64_t* now;  // [1] optimizer steps completed, or null: up to now
 };
 
+// Rows of `before`: what stood of an entry's row when the entry came.
+enum Before { kBeforeRow, kBeforeArm, kBeforeRound, kBeforeLoss, kBeforeDrop, kBeforeWidth };
+
 struct Observe {
   Batch batch;
   Table table;
@@ -31,6 +34,7 @@ struct Observe {
   PairSums sums;
   std::int64_t max_uses;
   std::int64_t num_choosable;
+  double* before;  // [kBeforeWidth, size], or null
 };
 
 // Raises where a row number or the number of steps is out of range, before anything is written.
@@ -130,6 +134,29 @@ inline void take_pair(const Observe& args, std::int64_t p, float loss, std::int6
   if (table_row(table.seen, kRound, table.num_rows)[p] > 0) sums.totals[kRevisits] += 1.0;
 }
 
+// Of an entry that the table does not take: row -1, and zeros.
+LEAD_FAST_HOST_DEVICE inline void record_nothing(const Observe& args, std::int64_t i) {
+  for (int row = 0; row < kBeforeWidth; ++row) args.before[row * args.batch.size + i] = row == kBeforeRow ? -1.0 : 0.0;
+}
+
+// Of entry i, whose row stands at position p: its arm, round and loss, and the fall that the fit in use predicts.
+LEAD_FAST_HOST_DEVICE inline void record_before(const Observe& args, std::int64_t i, std::int64_t p, std::int64_t now) {
+  const Table& table = args.table;
+  const std::int64_t arm = table.arm[p], num_arms = args.clock.num_arms, size = args.batch.size;
+  args.before[kBeforeRow * size + i] = static_cast<double>(args.batch.rows[i]);
+  args.before[kBeforeArm * size + i] = static_cast<double>(arm);
+  args.before[kBeforeRound * size + i] = table_row(table.seen, kRound, table.num_rows)[p];
+  args.before[kBeforeLoss * size + i] = table_row(table.values, kLoss, table.num_rows)[p];
+  double drop = 0.0;
+  if (args.sums.pairs != nullptr) {
+    const std::int64_t seen = table_row(table.seen, kStep, table.num_rows)[p], step = seen < now ? seen : now;
+    const Since since = since_step(args.clock.entries, args.clock.unit, num_arms, step, now, arm, args.sums.adam_beta1);
+    const SlopeLevel coefficient = grad_norm_coefficient(since, args.sums.fit, arm);
+    drop = coefficient.slope * table_row(table.values, kProxy, table.num_rows)[p] + coefficient.level;
+  }
+  args.before[kBeforeDrop * size + i] = drop;
+}
+
 // Counts a loss that is not finite, and sets its row aside for good.
 inline void quarantine(const Observe& args, std::int64_t p) {
   args.counters[kNumQuarantined] += 1;
@@ -152,8 +179,10 @@ inline void observe(const Observe& args) {
 
   for (std::int64_t i = 0; i < batch.size; ++i) {
     const std::int64_t p = at[i];
+    if (args.before != nullptr) record_nothing(args, i);
     if (entries[i] == Entry::kBad) quarantine(args, p);
     if (entries[i] != Entry::kValid) continue;
+    if (args.before != nullptr) record_before(args, i, p, now);
     if (args.sums.pairs != nullptr) take_pair(args, p, batch.loss[i], now);
     table_row(table.values, kPrevious, table.num_rows)[p] = table_row(table.values, kIdu, table.num_rows)[p];
     table_row(table.values, kLoss, table.num_rows)[p] = batch.loss[i];

@@ -20,12 +20,13 @@ using torch::stable::Tensor;
 void observe(Tensor rows, Tensor loss, Tensor num_tokens, Tensor grad_norm_sq, std::optional<Tensor> now,
              Tensor position, Tensor arm, Tensor values, Tensor seen, Tensor flags, Tensor left, Tensor counters,
              Tensor clock, Tensor unit, std::optional<Tensor> pairs, std::optional<Tensor> totals,
-             std::optional<Tensor> fit, double adam_beta1, int64_t max_uses, int64_t num_choosable) {
-  lead_fast::observe(lead_fast::check_observe(array_of(rows), array_of(loss), array_of(num_tokens),
-                                              array_of(grad_norm_sq), array_of(now), array_of(position), array_of(arm),
-                                              array_of(values), array_of(seen), array_of(flags), array_of(left),
-                                              array_of(counters), array_of(clock), array_of(unit), array_of(pairs),
-                                              array_of(totals), array_of(fit), adam_beta1, max_uses, num_choosable));
+             std::optional<Tensor> fit, double adam_beta1, int64_t max_uses, int64_t num_choosable,
+             std::optional<Tensor> before) {
+  lead_fast::observe(lead_fast::check_observe(
+      array_of(rows), array_of(loss), array_of(num_tokens), array_of(grad_norm_sq), array_of(now), array_of(position),
+      array_of(arm), array_of(values), array_of(seen), array_of(flags), array_of(left), array_of(counters),
+      array_of(clock), array_of(unit), array_of(pairs), array_of(totals), array_of(fit), adam_beta1, max_uses,
+      num_choosable, array_of(before)));
 }
 
 void step(Tensor lr, Tensor num_items, Tensor arms, Tensor clock, Tensor counters, Tensor unit) {

@@ -170,12 +170,14 @@ __global__ void __launch_bounds__(kThreads, 1) observe_kernel(Observe args, Scra
   const bool regression = args.sums.pairs != nullptr;
   for (int64_t i = threadIdx.x; i < batch.size; i += kThreads) {
     if (regression) scratch.pairs[i].arm = -1;
+    if (args.before != nullptr) lead_fast::record_nothing(args, i);
     if (scratch.kinds[i] == kIgnored || occurs_later(batch, scratch.kinds, i)) continue;
     const int64_t p = args.table.position[batch.rows[i]];
     if (scratch.kinds[i] == kBad) {
       quarantine_row(args, p);
       continue;
     }
+    if (args.before != nullptr) lead_fast::record_before(args, i, p, now);
     if (regression) scratch.pairs[i] = pair_of(args, i, p, now, scratch.first + i * args.sums.num_kappas);
     write_row(args, i, p, now);
   }
@@ -189,13 +191,14 @@ __global__ void __launch_bounds__(kThreads, 1) observe_kernel(Observe args, Scra
 void observe(Tensor rows, Tensor loss, Tensor num_tokens, Tensor grad_norm_sq, std::optional<Tensor> now,
              Tensor position, Tensor arm, Tensor values, Tensor seen, Tensor flags, Tensor left, Tensor counters,
              Tensor clock, Tensor unit, std::optional<Tensor> pairs, std::optional<Tensor> totals,
-             std::optional<Tensor> fit, double adam_beta1, int64_t max_uses, int64_t num_choosable) {
+             std::optional<Tensor> fit, double adam_beta1, int64_t max_uses, int64_t num_choosable,
+             std::optional<Tensor> before) {
   using lead_fast::array_of;
-  const Observe args =
-      lead_fast::check_observe(array_of(rows), array_of(loss), array_of(num_tokens), array_of(grad_norm_sq),
-                               array_of(now), array_of(position), array_of(arm), array_of(values), array_of(seen),
-                               array_of(flags), array_of(left), array_of(counters), array_of(clock), array_of(unit),
-                               array_of(pairs), array_of(totals), array_of(fit), adam_beta1, max_uses, num_choosable);
+  const Observe args = lead_fast::check_observe(
+      array_of(rows), array_of(loss), array_of(num_tokens), array_of(grad_norm_sq), array_of(now), array_of(position),
+      array_of(arm), array_of(values), array_of(seen), array_of(flags), array_of(left), array_of(counters),
+      array_of(clock), array_of(unit), array_of(pairs), array_of(totals), array_of(fit), adam_beta1, max_uses,
+      num_choosable, array_of(before));
   const int64_t size = args.batch.size;
   if (size == 0) return;
 

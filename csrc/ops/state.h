@@ -19,7 +19,7 @@ inline Observe check_observe(const Array& rows, const Array& loss, const Array& 
                              const Array& counters, const Array& clock, const Array& unit,
                              const std::optional<Array>& pairs, const std::optional<Array>& totals,
                              const std::optional<Array>& fit, double adam_beta1, std::int64_t max_uses,
-                             std::int64_t num_choosable) {
+                             std::int64_t num_choosable, const std::optional<Array>& before) {
   const Arguments check("observe", values);
   Observe args{};
   args.batch.rows = check.input<std::int64_t>("rows", rows, {"S"});
@@ -53,6 +53,7 @@ inline Observe check_observe(const Array& rows, const Array& loss, const Array& 
   args.sums.adam_beta1 = adam_beta1;
   args.max_uses = max_uses;
   args.num_choosable = num_choosable;
+  if (before) args.before = check.inout<double>("before", *before, {kBeforeWidth, rows.shape[0]});
   return args;
 }
 

@@ -15,12 +15,13 @@ void observe(const py::array& rows, const py::array& loss, const py::array& num_
              const Optional& now, const py::array& position, const py::array& arm, const py::array& values,
              const py::array& seen, const py::array& flags, const py::array& left, const py::array& counters,
              const py::array& clock, const py::array& unit, const Optional& pairs, const Optional& totals,
-             const Optional& fit, double adam_beta1, std::int64_t max_uses, std::int64_t num_choosable) {
+             const Optional& fit, double adam_beta1, std::int64_t max_uses, std::int64_t num_choosable,
+             const Optional& before) {
   const auto args =
       check_observe(array_of(rows), array_of(loss), array_of(num_tokens), array_of(grad_norm_sq), array_of(now),
                     array_of(position), array_of(arm), array_of(values), array_of(seen), array_of(flags),
                     array_of(left), array_of(counters), array_of(clock), array_of(unit), array_of(pairs),
-                    array_of(totals), array_of(fit), adam_beta1, max_uses, num_choosable);
+                    array_of(totals), array_of(fit), adam_beta1, max_uses, num_choosable, array_of(before));
   const py::gil_scoped_release unlocked;
   lead_fast::observe(args);
 }
@@ -71,9 +72,9 @@ void bind_state(py::module_& module) {
              py::arg("now").none(true), py::arg("position"), py::arg("arm"), py::arg("values"), py::arg("seen"),
              py::arg("flags"), py::arg("left"), py::arg("counters"), py::arg("clock"), py::arg("unit"),
              py::arg("pairs").none(true), py::arg("totals").none(true), py::arg("fit").none(true),
-             py::arg("adam_beta1"), py::arg("max_uses"), py::arg("num_choosable"),
+             py::arg("adam_beta1"), py::arg("max_uses"), py::arg("num_choosable"), py::arg("before") = py::none(),
              "Scatters one micro-batch's statistics into the table; values, seen, flags, left, counters, pairs and "
-             "totals move in place.");
+             "totals move in place, and before is written.");
   module.def("step", &step, py::arg("lr"), py::arg("num_items"), py::arg("arms"), py::arg("clock"), py::arg("counters"),
              py::arg("unit"), "Advances the clocks by one optimizer step; clock, counters and unit move in place.");
   module.def("grad_norm_coefficients", &grad_norm_coefficients, py::arg("clock"), py::arg("counters"), py::arg("unit"),
