@@ -36,6 +36,8 @@ struct RowKernels {
   StoredRows<float> f32;
   StoredRows<uint16_t> bf16;
   double (*dot)(const float* x, const float* y, int64_t n);
+  // The sum over t in [begin, end) and u <= t of <d_t, d_u> <h_t, h_u>, twice where u < t; rows of `width` values.
+  double (*gram)(const float* d, const float* h, int64_t begin, int64_t end, int64_t width);
 };
 
 // The fewest rows of this length that are worth another thread.

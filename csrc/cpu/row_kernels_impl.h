@@ -118,6 +118,69 @@ double dot(const float* x, const float* y, int64_t n) {
   return total;
 }
 
+// Rows of a block of inner products, by kGramColumns: as many sums as the registers hold beside their factors.
+constexpr int kGramRows = kWidth == 16 ? 4 : 2, kGramColumns = 4;
+
+inline float sum_by_quads(Floats x) {
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad quads[kWidth / 4];
+  memcpy(quads, &x, sizeof x);
+  Quad total = quads[0];
+  for (int i = 1; i < kWidth / 4; ++i) total += quads[i];
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+// out[r][c] = <row r of a, row c of b>
+inline void inner_products(const float* const (&a)[kGramRows], const float* const (&b)[kGramColumns], int64_t width,
+                           float (&out)[kGramRows][kGramColumns]) {
+  Floats sums[kGramRows][kGramColumns];
+  for (auto& row : sums) {
+    for (Floats& sum : row) sum = Floats{};
+  }
+  const auto add = [&](const auto& part) {
+    Floats columns[kGramColumns];
+    for (int c = 0; c < kGramColumns; ++c) columns[c] = part(b[c]);
+    for (int r = 0; r < kGramRows; ++r) {
+      const Floats x = part(a[r]);
+      for (int c = 0; c < kGramColumns; ++c) sums[r][c] += x * columns[c];
+    }
+  };
+  const int64_t whole = width / kWidth * kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth) add([i](const float* row) { return load(row + i); });
+  if (whole < width) add([whole, width](const float* row) { return load_tail(row + whole, width - whole); });
+  for (int r = 0; r < kGramRows; ++r) {
+    for (int c = 0; c < kGramColumns; ++c) out[r][c] = sum_by_quads(sums[r][c]);
+  }
+}
+
+// A few columns stay in L1 while all the rows go by.
+double gram(const float* d, const float* h, int64_t begin, int64_t end, int64_t width) {
+  double total = 0;
+  for (int64_t u = 0; u < end; u += kGramColumns) {
+    for (int64_t t = begin + (u > begin ? (u - begin) / kGramRows * kGramRows : 0); t < end; t += kGramRows) {
+      const float *d_rows[kGramRows], *h_rows[kGramRows], *d_columns[kGramColumns], *h_columns[kGramColumns];
+      for (int r = 0; r < kGramRows; ++r) {
+        const int64_t row = (t + r < end ? t + r : end - 1) * width;
+        d_rows[r] = d + row, h_rows[r] = h + row;
+      }
+      for (int c = 0; c < kGramColumns; ++c) {
+        const int64_t row = (u + c < end ? u + c : end - 1) * width;
+        d_columns[c] = d + row, h_columns[c] = h + row;
+      }
+      float x[kGramRows][kGramColumns], y[kGramRows][kGramColumns];
+      inner_products(d_rows, d_columns, width, x);
+      inner_products(h_rows, h_columns, width, y);
+      for (int r = 0; r < kGramRows; ++r) {
+        for (int c = 0; c < kGramColumns; ++c) {
+          if (t + r >= end || u + c > t + r) continue;
+          total += (u + c < t + r ? 2.0 : 1.0) * x[r][c] * y[r][c];
+        }
+      }
+    }
+  }
+  return total;
+}
+
 template <class Stored, class Scaled>
 void scale(const Stored* in, float factor, Scaled* out, int64_t n) {
   if (factor == 0) {
@@ -144,6 +207,7 @@ extern const RowKernels LEAD_FAST_ROW_KERNELS = {
     {loss<float>, scale<float, float>, scale<float, uint16_t>, add<float>},
     {loss<uint16_t>, scale<uint16_t, float>, scale<uint16_t, uint16_t>, add<uint16_t>},
     dot,
+    gram,
 };
 
 }  // namespace lead_fast::cpu
