@@ -28,7 +28,7 @@ R = TypeVar("R")
 COMPILED_LAYER = "lead_fast_compiled_layer"  # (the layer,) as an attribute of its modules: a tuple is no child
 PACKED_ATTENTION = "lead_fast_packed"
 _HALF = (torch.bfloat16, torch.float16)
-_FLASH_HEAD_DIM = 256
+_FLASH_HEAD_DIM, _VARLEN_UNIT = 256, 8
 
 
 def packed_attention(
@@ -64,7 +64,10 @@ def packed_attention(
     """
     if s_aux is not None:
         raise ValueError("packed_attention: attention sinks (`s_aux`) are not served")
-    kernel, reason = _kernel_for(query, dropout, scaling, sliding_window, softcap)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # it knows none of the kernels; rotary embeddings make fp32 of half precision
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    kernel, reason = _kernel_for(query, value.shape[-1], dropout, scaling, sliding_window, softcap)
     if kernel is None or cu_seq_lens_q is None or max_length_q is None:
         if reason is not None:
             _say_once(f"attention runs sample by sample: {reason}")
@@ -72,7 +75,7 @@ def packed_attention(
         if recomputed and dropout > 0.0:
             _say_once("attention has dropout: torch.compile makes no graph of layers that are recomputed")
         if recomputed and dropout == 0.0:
-            out = _as_one_operator(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap)
+            out = _per_sample_operator(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap)
         else:
             out = _uncompiled(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, softcap)
         return out.transpose(1, 2), None
@@ -131,7 +134,7 @@ def _takes(library: str, parameter: str) -> bool:
 
 
 def _kernel_for(
-    query: Tensor, dropout: float, scaling: float | None, window: int | None, softcap: float | None
+    query: Tensor, value_dim: int, dropout: float, scaling: float | None, window: int | None, softcap: float | None
 ) -> tuple[Callable[..., Tensor] | None, str | None]:
     """The kernel that serves these arguments, or None and what is in its way (nothing worth saying on a CPU)."""
     if query.device.type != "cuda":
@@ -143,6 +146,10 @@ def _kernel_for(
         return None, f"{library} serves bf16 and fp16, got {str(query.dtype).removeprefix('torch.')}"
     if query.shape[-1] > _FLASH_HEAD_DIM:
         return None, f"{library} serves heads of at most {_FLASH_HEAD_DIM}, got {query.shape[-1]}"
+    if value_dim != query.shape[-1]:
+        return None, f"{library} serves values as wide as keys, got {value_dim} and {query.shape[-1]}"
+    if query.shape[-1] % _VARLEN_UNIT and library != "flash-attn":  # which pads them itself
+        return None, f"{library} serves heads of a multiple of {_VARLEN_UNIT}, got {query.shape[-1]}"
     if softcap is not None and not _takes(library, "softcap"):
         return None, f"{library} has no softcap"
     if window is not None and not _takes(library, "window_size"):
@@ -297,13 +304,3 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _per_sample_operator.register_autograd(_backward, setup_context=_keep)
-
-
-def _as_one_operator(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None, scaling: float | None, window: int | None,
-    softcap: float | None,
-) -> Tensor:  # fmt: skip
-    device = query.device.type
-    if torch.is_autocast_enabled(device):  # does not reach into an operator
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    return _per_sample_operator(query, key, value, bounds, scaling, window, softcap)

@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lead_fast import attention
 from lead_fast.attention import packed_attention, per_sample_attention
+from lead_fast.models import build_model
+from lead_fast.offline.pretrain import train_tokenizer
 
 BOUNDS = torch.tensor([0, 5, 6, 18], dtype=torch.int32)
 
@@ -97,12 +99,38 @@ def test_every_release_gives_what_each_sample_gets_alone(kernel, num_kv_heads, o
 def test_half_precision_alone_reaches_a_kernel(monkeypatch):
     monkeypatch.setattr(attention, "_library", lambda: "torch.nn.attention.varlen")
     on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float32, shape=(1, 4, 18, 64))
-    kernel, reason = attention._kernel_for(on_gpu, 0.0, None, None, None)
+    kernel, reason = attention._kernel_for(on_gpu, on_gpu.shape[-1], 0.0, None, None, None)
     assert kernel is None and "serves bf16 and fp16, got float32" in reason
     on_gpu.dtype = torch.bfloat16
-    assert attention._kernel_for(on_gpu, 0.0, None, None, None) == (attention._varlen, None)
+    assert attention._kernel_for(on_gpu, on_gpu.shape[-1], 0.0, None, None, None) == (attention._varlen, None)
     on_gpu.shape = (1, 4, 18, 320)
-    assert "heads of at most 256" in attention._kernel_for(on_gpu, 0.0, None, None, None)[1]
+    assert "heads of at most 256" in attention._kernel_for(on_gpu, on_gpu.shape[-1], 0.0, None, None, None)[1]
+
+
+@pytest.mark.parametrize("library", ["flash-attn", "torch.nn.attention.varlen"])
+def test_head_shapes_that_a_kernel_refuses_reach_none(library, monkeypatch):
+    monkeypatch.setattr(attention, "_library", lambda: library)
+    monkeypatch.setattr(attention, "_takes", lambda *_: True)
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.bfloat16, shape=(1, 4, 18, 192))
+    kernel, reason = attention._kernel_for(on_gpu, 128, 0.0, None, None, None)  # multi-head latent attention
+    assert kernel is None and "values as wide as keys, got 128 and 192" in reason
+    on_gpu.shape = (1, 4, 18, 50)
+    kernel, reason = attention._kernel_for(on_gpu, 50, 0.0, None, None, None)
+    assert (kernel is None) == (library != "flash-attn") and (kernel is not None or "a multiple of 8, got 50" in reason)
+
+
+def test_autocast_brings_fp32_weights_to_a_kernel(monkeypatch):
+    """Rotary embeddings leave q and k in fp32 there, and v in half precision."""
+    seen, choose = [], attention._kernel_for
+    monkeypatch.setattr(attention, "_kernel_for", lambda query, *rest: (seen.append(query.dtype), choose(query, *rest))[1])
+    model = build_model("tiny", train_tokenizer(["some words " * 9], 300), seed=0, device=torch.device("cpu"))
+    ids = torch.arange(18)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        model.base_model(
+            input_ids=ids, use_cache=False, cu_seq_lens_q=BOUNDS, max_length_q=12
+        ).last_hidden_state.sum().backward()
+    assert seen == [torch.bfloat16] * 4
+    assert all(p.grad.isfinite().all() for p in model.base_model.parameters())
 
 
 def test_the_installed_torch_has_the_kernel_the_adapter_knows():
