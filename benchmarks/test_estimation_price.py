@@ -1,7 +1,7 @@
 """What LEAD costs a training step: the same replayed schedule of samples with the estimation on and off.
 
     pytest benchmarks/test_estimation_price.py                           a few pairs of a tiny model
-    python benchmarks/test_estimation_price.py [--device cuda]           500 pairs and more: Markdown and JSON
+    python benchmarks/test_estimation_price.py [--device cuda] [--add]   500 pairs and more: Markdown and JSON
 
 On: the loss returns all statistics, `observe`, `step`, and each round's `begin_round` and `end_round` (its report read)
 spread evenly over the round's steps. Off: the same micro-batches through the same optimizer step with `stats=None`. The two
@@ -12,10 +12,11 @@ pairs of on / off - 1; its upper bound is the 95% bound of a bootstrap over pair
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,23 @@ def make(setting: Setting) -> tuple[lf.LeadEngine, Optimization, TrainConfig, Ca
     return engine, Optimization(model, accelerator, train), train, make_samples(setting.num_rows, shape["vocab_size"])
 
 
-def run(setting: Setting, num_pairs: int) -> Pairs:
-    """Trains through rounds until `num_pairs` steps were timed both ways, after one round that warms up."""
+def run(setting: Setting, num_pairs: int, pairs: Pairs | None = None) -> Iterator[Pairs]:
+    """Trains through rounds until `num_pairs` steps were timed both ways, after one round that warms up.
+
+    Args:
+        setting: what is trained.
+        num_pairs: in all.
+        pairs: of an earlier run, which this one adds to.
+
+    Yields:
+        The pairs so far, after each round.
+    """
+    pairs = Pairs() if pairs is None else pairs
+    if len(pairs.on) >= num_pairs:
+        yield pairs
+        return
     engine, optimization, train, sample = make(setting)
-    timed, pairs = Timed(setting.device), Pairs()
+    timed = Timed(setting.device)
     warm = False
     while len(pairs.on) < num_pairs:
         begin, rnd = timed(engine.begin_round)
@@ -160,7 +174,7 @@ def run(setting: Setting, num_pairs: int) -> Pairs:
             pairs.parts[name] += values
         pairs.parts["begin_round"] += [begin / len(steps)] * len(steps)
         pairs.parts["end_round"] += [end / len(steps)] * len(steps)
-    return pairs
+        yield pairs
 
 
 def with_lead(
@@ -185,7 +199,9 @@ def with_lead(
 
 def test_the_price_of_a_few_steps(benchmark: Any) -> None:
     setting = Setting(model="tiny", step_tokens=512, num_rows=500, round_rows=8)
-    pairs = benchmark.pedantic(run, args=(setting, 6), rounds=1)
+    pairs = benchmark.pedantic(lambda: list(run(setting, 6))[-1], rounds=1)
+    more = list(run(setting, len(pairs.on) + 1, copy.deepcopy(pairs)))[-1]
+    assert len(more.on) > len(pairs.on) and more.on[: len(pairs.on)] == pairs.on
     assert len(pairs.on) == len(pairs.off) >= 6
     price, low, high = pairs.price()
     assert low <= price <= high
@@ -220,15 +236,34 @@ def table(setting: Setting, pairs: Pairs) -> list[str]:
     return [*lines, ""]
 
 
-def write(folder: Path, settings: list[Setting], num_pairs: int, device: str) -> None:
-    measured = [(setting, run(setting, num_pairs)) for setting in settings]
+def measure(folder: Path, settings: list[Setting], num_pairs: int, device: str, *, add: bool) -> None:
+    """Measures each setting, and writes the results so far after every round: a run that is cut loses one."""
+    before = earlier(folder / f"estimation_price_{device}.json") if add else {}
+    measured: dict[Setting, Pairs] = {}
+    for setting in settings:
+        for pairs in run(setting, num_pairs, before.get(setting)):
+            measured[setting] = pairs
+            write(folder, list(measured.items()), num_pairs, device)
+    print((folder / f"estimation_price_{device}.md").read_text())
+
+
+def earlier(path: Path) -> dict[Setting, Pairs]:
+    """The pairs of a results file by setting."""
+    names = [f.name for f in fields(Setting)]
+    return {
+        Setting(**{name: s[name] for name in names}): Pairs(s["on"], s["off"], s["parts"])
+        for s in json.loads(path.read_text())["settings"]
+    }
+
+
+def write(folder: Path, measured: list[tuple[Setting, Pairs]], num_pairs: int, device: str) -> None:
     place = machine()
     lines = [
         f"# The estimation's price in a training step on {'a GPU' if device == 'cuda' else 'the CPU'}",
         "",
         (__doc__ or "").split("\n\n")[2].replace("\n", " "),
         f"Written by `python benchmarks/test_estimation_price.py --device {device} --pairs {num_pairs} "
-        f"--step-tokens {settings[0].step_tokens}`.",
+        f"--step-tokens {measured[0][0].step_tokens}`.",
         "",
         "Machine: " + ", ".join(f"{key} {value}" for key, value in place.items()) + ".",
         "",
@@ -239,7 +274,6 @@ def write(folder: Path, settings: list[Setting], num_pairs: int, device: str) ->
     (folder / f"estimation_price_{device}.md").write_text("\n".join(lines))
     record = [{**vars(s), "price": p.price(), "on": p.on, "off": p.off, "parts": p.parts} for s, p in measured]
     (folder / f"estimation_price_{device}.json").write_text(json.dumps({"machine": place, "settings": record}) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":
@@ -250,10 +284,11 @@ if __name__ == "__main__":
     parser.add_argument("--step-tokens", type=int, help="default: 2048 on the CPU, 8192 on a GPU")
     parser.add_argument("--accumulation", type=int, help="micro-batches a step: 1 on the CPU, 2 on a GPU, to fit 80 GB")
     parser.add_argument("--pairs", type=int, default=500)
+    parser.add_argument("--add", action="store_true", help="go on from the pairs in the results, up to --pairs in all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
     name, tokens = arguments.model or ("8b" if on_gpu else "small"), arguments.step_tokens or (8192 if on_gpu else 2048)
     parts = arguments.accumulation or (2 if on_gpu else 1)
     chosen = [Setting(name, t, tokens, accumulation=parts, device=arguments.device) for t in arguments.tuning]
-    write(arguments.out, chosen, arguments.pairs, arguments.device)
+    measure(arguments.out, chosen, arguments.pairs, arguments.device, add=arguments.add)

@@ -294,7 +294,14 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def write(folder: Path, sizes: tuple[int, ...], rounds: int, device: str) -> None:
-    results = [measure(size, device, rounds) for size in sizes]
+    results: list[dict[str, Any]] = []
+    for size in sizes:  # written after each: what a time limit cuts keeps what it had
+        results.append(measure(size, device, rounds))
+        publish(folder, results, rounds, device)
+    print((folder / f"state_{device}.md").read_text())
+
+
+def publish(folder: Path, results: list[dict[str, Any]], rounds: int, device: str) -> None:
     place = machine()
     lines = [
         f"# The engine's state on {'a GPU' if device == 'cuda' else 'the CPU'}",
@@ -318,7 +325,6 @@ def write(folder: Path, sizes: tuple[int, ...], rounds: int, device: str) -> Non
     ]
     (folder / f"state_{device}.json").write_text(json.dumps({"machine": place, "results": flat}, indent=1) + "\n")
     plot(results, folder / f"state_{device}.png")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

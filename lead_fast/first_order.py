@@ -44,6 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lead_fast.device import to_device
 from lead_fast.reference_state import last_occurrence
 from lead_fast.rng import philox_uniform
 from lead_fast.utility import Clocks, LossChangeEstimator, UtilityTable, register_estimator
@@ -70,9 +71,9 @@ class SampleTiles:
         first = torch.arange(len(owner)) - (tiles.cumsum(0) - tiles)[owner]
         index, end = (bounds[owner] + first * _TILE)[:, None] + torch.arange(_TILE), bounds[owner + 1][:, None]
         # A sample's last tile is filled with its own last token, times 0: no sample sees another's NaN.
-        self.index = torch.minimum(index, end - 1).to(device)
-        self.inside = (index < end).float()[:, :, None].to(device)
-        self.tiles = tiles.to(device)
+        self.index = to_device(torch.minimum(index, end - 1), device)
+        self.inside = to_device((index < end).float()[:, :, None], device)
+        self.tiles = to_device(tiles, device)
 
     def outer_sums(self, left: Tensor, right: Tensor) -> Tensor:
         """sum_t left_t right_t^T over each sample's tokens.
@@ -215,8 +216,9 @@ class FirstOrderRound:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`, taken between optimizer steps."""
         self._seen, self._stepped = [], True
+        device = self.sketch.snapshot().device
         for step in sorted(state, key=int):
-            entry = state[step]
+            entry = {name: tensor.to(device) for name, tensor in state[step].items()}
             parts = [(entry[f"rows.{i}"], entry[f"sketches.{i}"]) for i in range(len(entry) // 2)]
             self._seen.append((entry["snapshot"], parts))
 

@@ -161,12 +161,22 @@ def check_packing(model: PackedModel) -> None:
         num_items=sum(lengths),
     )
     packed = model.hidden(batch)
-    causal.set_attn_implementation("eager")
-    alone = [causal.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in samples]
+
+    def alone(attention: str) -> Tensor:
+        causal.set_attn_implementation(attention)
+        hidden = [causal.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in samples]
+        return torch.cat(hidden).float()
+
+    def error(hidden: Tensor) -> float:
+        return float((hidden.float() - expected).norm() / expected.norm())
+
+    expected = alone("eager")
+    difference, tolerance = error(packed), 1e-4 if packed.dtype == torch.float32 else 5e-2
+    if difference >= tolerance and packed.dtype != torch.float32 and causal._supports_sdpa:
+        # Deep models with large activations: how far apart does rounding drive two that are right?
+        tolerance = max(tolerance, 3.0 * error(alone("sdpa")))
     causal.set_attn_implementation(implementation)
     model.train(was_training)
-    difference = float((packed.float() - torch.cat(alone).float()).norm() / torch.cat(alone).float().norm())
-    tolerance = 1e-4 if packed.dtype == torch.float32 else 5e-2
     if not difference < tolerance:
         raise ValueError(
             f"check_packing: {type(causal).__name__} gives packed samples other hidden states than it gives each alone "
@@ -179,23 +189,24 @@ class PackedModel(nn.Module):
 
     Args:
         model: a transformers causal LM, or a peft model around one.
+        check: False leaves `check` to be called where the model can compute, once its weights are sharded. Those that
+            DeepSpeed's ZeRO 3 has partitioned already cannot before DeepSpeed wraps the model, whatever is said here.
 
     Attributes:
-        checked: the model computes what is computed here in its place. With weights that DeepSpeed's ZeRO 3 has partitioned,
-            which nothing can compute with before DeepSpeed wraps the model, that is for `check` to find out afterwards.
+        checked: the model computes what is computed here in its place.
 
     Raises:
         ValueError: a model that cannot be served, see `check_head` and `check_packing`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, check: bool = True) -> None:
         super().__init__()
         self.model, self.checked = model, False
-        if not any(map(is_partitioned, model.parameters())):
+        if check and not any(map(is_partitioned, model.parameters())):
             self.check()
 
     def check(self) -> None:
-        """Compares it with the model's own forward."""
+        """Compares it with the model's own forward. FSDP's root must be called for that, see `called_as`."""
         check_head(self.causal_lm)
         check_packing(self)
         self.checked = True
@@ -209,6 +220,12 @@ class PackedModel(nn.Module):
     def config(self) -> Any:
         """For accelerate, which sets DeepSpeed's buffers by its sizes."""
         return self.causal_lm.config
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """For accelerate: the names of the layers, which FSDP shards one by one."""
+        there = {type(module).__name__ for module in self.causal_lm.modules()}
+        return sorted(there.intersection(self.causal_lm._no_split_modules or ()))
 
     def tie_weights(self) -> None:
         """For accelerate, which moves the weights of a model that FSDP shards."""

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lead_fast.config import PrepareConfig
+from lead_fast.device import to_device
 from lead_fast.files import write_text
 from lead_fast.first_order import FirstOrder
 from lead_fast.models import PackedModel, checkpoint_activations, compile_layers, trained_parameters
@@ -226,11 +227,11 @@ class Optimization:
         own = self.ranks.share(batches)
         # Gradients are exchanged at the last micro-batch: who has one less than the others still takes part.
         idle = self.ranks.idles(batches)
-        for number, batch in enumerate([*own, without_supervision(batches[0])] if idle else own):
-            batch = batch.to(self.device)
+        for number, packed in enumerate([*own, without_supervision(batches[0])] if idle else own):
+            batch = packed.to(self.device)
             is_idle, is_last = number == len(own), number + 1 == len(own) + idle
             statistics = None if observe is None or is_idle else "all"
-            with self._sync_only(last=is_last), self._sketched(first_order, batch, num_items):
+            with self._sync_only(last=is_last), self._sketched(first_order, packed, num_items):
                 out = self.model(batch, num_items=max(num_items, 1), stats=statistics)
                 # The exchange takes the mean over processes, and the sum is wanted.
                 self.accelerator.backward(out.loss * self.ranks.world if self.ranks.world > 1 else out.loss)
@@ -260,7 +261,8 @@ class Optimization:
             return nullcontext()
         scaler = self.accelerator.scaler
         upstream = (1.0 if scaler is None else scaler.get_scale()) / max(num_items, 1)
-        return first_order.collect(batch.rows, batch.cu_seqlens, batch.sample_items, upstream)
+        # Of the batch on the host: its boundaries are needed there.
+        return first_order.collect(to_device(batch.rows, self.device), batch.cu_seqlens, batch.sample_items, upstream)
 
     @contextmanager
     def _sync_only(self, *, last: bool) -> Iterator[None]:

@@ -13,6 +13,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lead_fast.device import to_device
+
 IGNORE_INDEX = -100
 
 Messages = list[dict[str, str]]
@@ -235,7 +237,9 @@ class PackedBatch:
         return torch.searchsorted(self.token_index, self.cu_seqlens.long()).diff()
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        """On a device; nothing waits for a GPU."""
+        target = torch.device(device)
+        moved = {k: to_device(v, target) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return dataclasses.replace(self, **moved)
 
 

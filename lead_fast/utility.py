@@ -289,10 +289,21 @@ class WeightChange:
         if self.exact:
             return torch.cat([w.detach().float().flatten() for w in self.weights])
         out = torch.zeros(self.size, dtype=torch.float32, device=self.weights[0].device)
-        for number, weight in enumerate(self.weights):
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            bins = torch.randint(self.size, (weight.numel(),), generator=generator)
-            signs = torch.randint(2, (weight.numel(),), generator=generator, dtype=torch.int8) * 2 - 1
-            flat = weight.detach().float().flatten()
-            out.index_add_(0, bins.to(flat.device), flat * signs.to(flat.device))
+        start = 0
+        for weight in self.weights:
+            for part in weight.detach().flatten().split(_SKETCHED_AT_ONCE):
+                random = _mixed(torch.arange(start, start + len(part), device=part.device), self.seed)
+                out.index_add_(0, (random >> 1) % self.size, part.float() * (2 * (random & 1) - 1))
+                start += len(part)
         return out
+
+
+_SKETCHED_AT_ONCE = 2**24  # weights: the host or card holds a few numbers of 8 bytes for each
+
+
+def _mixed(index: Tensor, seed: int) -> Tensor:
+    """Random int64 of each index, the same on every device: multiplications, which wrap, and shifts (as in splitmix64)."""
+    x = index + seed * 1_000_003
+    for factor in (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
+        x = (x ^ (x >> 30)) * factor
+    return x ^ (x >> 31)

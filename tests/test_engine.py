@@ -10,6 +10,7 @@ from test_engine_from_spec import Script, make_pool, rows_of, run_script, same_s
 import lead_fast as lf
 from lead_fast.estimators import GradNorm
 from lead_fast.reference_state import PROXY, STEP
+from lead_fast.utility import WeightChange, _mixed
 
 OPTIONS = {"budget": 1.0, "max_uses": 3, "rate": 0.1, "min_rounds": 15}
 
@@ -169,3 +170,21 @@ def test_an_engine_restored_inside_a_round_goes_on_identically(options):
         states.append(engine.state_dict())
     assert engines[0] == engines[1]
     assert same_state(*states)
+
+
+def test_a_sketch_of_many_weights_keeps_inner_products(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.randn(40_000, generator=g), torch.randn(300, 200, generator=g).bfloat16()]
+    moved = [w + (0.5 * w.float() + torch.randn(w.shape, generator=g)).to(w.dtype) for w in weights]
+    sketch, exact = WeightChange(weights, size=2**12), WeightChange(weights, size=10**6)
+    other_sketch, other_exact = WeightChange(moved, size=2**12), WeightChange(moved, size=10**6)
+    assert exact.exact and not sketch.exact and sketch.snapshot().shape == (2**12,)
+    one, two, truth = sketch.snapshot(), other_sketch.snapshot(), float(exact.snapshot() @ other_exact.snapshot())
+    assert float(one @ two) == pytest.approx(truth, rel=4 * 2**-6)  # four standard deviations, 1 / sqrt(size) each
+    assert float(two @ two) == pytest.approx(float(other_exact.snapshot() @ other_exact.snapshot()), rel=4 * 2**-6)
+    assert not torch.equal(one, WeightChange(weights, size=2**12, seed=1).snapshot())
+    monkeypatch.setattr("lead_fast.utility._SKETCHED_AT_ONCE", 999)
+    torch.testing.assert_close(sketch.snapshot(), one)
+    bins = torch.bincount((_mixed(torch.arange(10**6), 0) >> 1) % 1000, minlength=1000)
+    assert 850 < float(((bins - 1000) ** 2 / 1000).sum()) < 1150  # chi squared of 999 degrees of freedom
+    assert abs(float((_mixed(torch.arange(10**6), 0) & 1).sum()) - 5e5) < 2000

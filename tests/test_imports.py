@@ -25,7 +25,7 @@ INNER = {
     "selection.py": {"reference_state"},
     "utility.py": {"state", "reference_state", "selection"},
     "estimators.py": {"utility", "reference_state"},
-    "first_order.py": {"rng", "reference_state", "utility"},
+    "first_order.py": {"device", "rng", "reference_state", "utility"},
     "visits.py": {"utility", "reference_state"},
     "rounds.py": {"utility", "selection", "visits"},
     "pool.py": {"files", "rows", "rowfile"},

@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lead_fast.attention import PACKED_ATTENTION
 from lead_fast.models import PackedModel, add_lora, build_model, check_head, lm_head, prepare_model, save_model
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.packing import ChatEncoder, pack
@@ -209,6 +210,25 @@ def test_a_head_that_cannot_hold_its_hidden_states_is_refused_outside_autocast(b
         packed(batch)
     with torch.autocast("cpu", torch.bfloat16):
         assert packed(batch).loss.isfinite()
+
+
+def test_a_deep_model_whose_rounding_drives_kernels_apart_is_served(tokenizer):
+    """In bf16, with large activations: eager and sdpa differ by 18% here, and neither is wrong."""
+    config = transformers.AutoConfig.for_model(
+        "llama", vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=32, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=128, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+    assert PackedModel(model).checked and model.config._attn_implementation == PACKED_ATTENTION
+
+    def leaks(self, batch):
+        hidden = self._run(batch).last_hidden_state[0]
+        return hidden.roll(batch.cu_seqlens[1].item(), 0)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="gives packed samples other hidden states"):
+        patch.setattr(PackedModel, "hidden", leaks)
+        PackedModel(model)
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mamba"])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from lead_fast.config import LeadConfig, PrepareConfig
@@ -14,6 +15,7 @@ from lead_fast.demo_pool import FAMILIES, demo_rows
 from lead_fast.engine import LeadEngine
 from lead_fast.files import write_jsonl
 from lead_fast.models import PackedModel, build_model, save_model
+from lead_fast.offline import prepare as stages
 from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.prepare import load_prepared, prepare
 from lead_fast.offline.pretrain import train_tokenizer
@@ -76,6 +78,25 @@ def test_a_row_without_an_answer_token_left_has_no_score(rows, base):
     model = PackedModel(build_model("tiny", tokenizer, seed=0, device=CPU))
     scores = score_pool(model, iter(samples), 3, pack_tokens=300, device=CPU, seed=0)
     assert np.isfinite(scores.utility).tolist() == np.isfinite(scores.difficulty).tolist() == [True, False, True]
+
+
+def test_a_pool_is_scored_in_the_precision_that_training_has(rows, base, tmp_path, monkeypatch):
+    score, seen = stages.score_pool, []
+
+    def spy(*arguments, **options):
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(stages, "score_pool", spy)
+    pool = pool_of(rows, tmp_path, monkeypatch)
+    for precision in ("bf16", "fp32"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = PrepareConfig(model=str(base), precision=precision, tuning="full", warmup_share=0.0)
+        try:
+            prepare(pool, config, LeadConfig(), tmp_path / precision)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+    assert seen == [torch.bfloat16, False]
 
 
 def test_arms_are_numbered_from_the_easiest():

@@ -225,15 +225,16 @@ def _score(
     if not stages.done("scores", key):
         start = stages.folder / "start"
         model = load_base(str(start), config) if config.tuning == "full" else load_lora(load_base(base, config), start)
-        device = make_accelerator(config).device
-        ranks = stages.ranks
+        accelerator, ranks = make_accelerator(config), stages.ranks
         encoder.cuts = type(encoder.cuts)(max_length=config.max_length)
         rows = np.arange(ranks.number, len(pool), ranks.world)
+        packed = PackedModel(model)
         with stages.write("scores", key) as (folder, notes):
-            own = score_pool(
-                PackedModel(model), encoder.encode(pool.iter_messages(rows)), len(rows), pack_tokens=config.pack_tokens,
-                device=device, seed=seed, quiet=not ranks.is_first,
-            )  # fmt: skip
+            with accelerator.autocast():  # in the precision that training has
+                own = score_pool(
+                    packed, encoder.encode(pool.iter_messages(rows)), len(rows), pack_tokens=config.pack_tokens,
+                    device=accelerator.device, seed=seed, quiet=not ranks.is_first,
+                )  # fmt: skip
             shares = ranks.gather((own, encoder.cuts))
             scores = Scores.merge([share for share, _ in shares])
             encoder.cuts = CutCounts.merge([cuts for _, cuts in shares])
