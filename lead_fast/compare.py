@@ -18,7 +18,6 @@ from lead_fast.engine import LeadEngine
 from lead_fast.files import write_json
 from lead_fast.offline.prepare import Prepared, encoded_rows
 from lead_fast.optimization import Optimization, make_accelerator
-from lead_fast.packing import ChatEncoder
 from lead_fast.pool import Pool
 from lead_fast.run import heldout_scorer, utility_histogram
 from lead_fast.trainer import run_rounds
@@ -76,7 +75,7 @@ def run_method(
     lead = dataclasses.replace(lead, **method.options)
     torch.manual_seed(lead.seed)
     pool = pool_for(method, prepared.pool)
-    encoder = ChatEncoder(prepared.tokenizer(config), config.max_length)
+    encoder = prepared.encoder(config)
     accelerator = make_accelerator(config)
     engine = LeadEngine(pool, lead, accelerator.device)
     first_utility = engine.utility(engine.groups.choosable_rows()).cpu().numpy()

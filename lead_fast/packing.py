@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lead_fast.device import to_device
+from lead_fast.turns import ChatTemplate, Messages, Turn
+
+logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
-
-Messages = list[dict[str, str]]
 
 # For tokenizers that bring no chat template. Saved with the tokenizer, so that inference renders the same text.
 PLAIN_TEMPLATE = (
@@ -89,104 +92,138 @@ class ChatEncoder:
 
     Args:
         tokenizer: a fast tokenizer; one without a chat template gets `PLAIN_TEMPLATE`.
-        max_length: tokens of a sample. A longer one loses prompt tokens from the left (after BOS), then the end of the
-            answer, never the assistant's header.
+        max_length: tokens of a sample. A longer one loses prompt tokens from the left (after BOS), those of later turns
+            after those of earlier ones, then the end of the last answers; never an assistant's header.
+        date: what a template that writes the date takes for today; None is today.
 
     Raises:
         ValueError: the tokenizer has no offsets (a slow tokenizer), or the template cannot be cut into turns.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, date: datetime.date | None = None) -> None:
         if not tokenizer.is_fast:
             raise ValueError(f"ChatEncoder: `tokenizer` must be a fast tokenizer, got {type(tokenizer).__name__}")
         if not tokenizer.chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE
         self.tokenizer, self.max_length = tokenizer, max_length
+        self.date = datetime.date.today() if date is None else date
+        self.template = ChatTemplate(tokenizer, self.date)
         self.cuts = CutCounts(max_length=max_length)
-        self._one_turn_probe()
+        self._probe()
 
-    def encode(self, conversations: Iterable[Messages], batch_size: int = 512) -> Iterator[Sample]:
+    def encode(
+        self, conversations: Iterable[Messages], batch_size: int = 512, errors: list[ConversationError] | None = None
+    ) -> Iterator[Sample]:
         """Tokenizes conversations, in order.
 
+        Args:
+            conversations: messages of each.
+            batch_size: conversations at once.
+            errors: gets what is wrong with those that cannot be encoded, which are left out then.
+
         Raises:
-            ValueError: a conversation whose rendered turns are no prefix of the whole, or without an answer token.
+            ConversationError: one that the template refuses, whose answers cannot be located, or without an answer token.
         """
+        first = 0
         for chunk in _chunks(conversations, batch_size):
-            rendered = [self._render_spans(messages) for messages in chunk]
+            rendered = list(self._rendered(chunk, first, errors))
             encoded = self.tokenizer(
-                [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True,
+                [text for _, text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True,
                 return_attention_mask=False,
             )  # fmt: skip
-            for (_, spans), ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                sample = self._cut(_mark(np.asarray(ids, np.int64), np.asarray(offsets, np.int64).reshape(-1, 2), spans))
-                if self.tokenizer.bos_token_id is not None and len(ids) and ids[0] == self.tokenizer.bos_token_id:
+            for (number, _, turns), ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                try:
+                    sample = _mark(np.asarray(ids, np.int64), np.asarray(offsets, np.int64).reshape(-1, 2), turns)
+                except ValueError as error:
+                    _keep_or_raise(ConversationError(number, str(error)), errors)
+                    continue
+                if self.tokenizer.bos_token_id is not None and ids[0] == self.tokenizer.bos_token_id:
                     sample.keep_alone[0] = True
+                sample = self._cut(sample)
                 self.cuts.add(sample)
                 yield sample
+            first += len(chunk)
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation, as the tokenizer's chat template writes it."""
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        except TemplateError as error:
-            start = messages[0]["content"][:60] if messages else ""
-            raise ValueError(f"ChatEncoder: the chat template refuses the conversation {start!r}...: {error}") from error
-        assert isinstance(text, str)
-        return text
-
-    def _render_spans(self, messages: Messages) -> tuple[str, list[tuple[int, int, int]]]:
-        """The text up to the last answer, and (header start, answer start, answer end) of each assistant turn."""
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-        if last < 0:
-            raise ValueError("ChatEncoder: `messages` must have an assistant turn, got none")
-        text = self.render(messages[: last + 1])
-        spans = []
-        for i, message in enumerate(messages[: last + 1]):
-            if message["role"] != "assistant":
+    def _rendered(
+        self, conversations: Sequence[Messages], first: int, errors: list[ConversationError] | None
+    ) -> Iterator[tuple[int, str, list[Turn]]]:
+        for number, messages in enumerate(conversations, first):
+            try:
+                text, turns = self.template.turns(messages)
+            except ValueError as error:
+                _keep_or_raise(ConversationError(number, str(error)), errors)
                 continue
-            before = self.render(messages[:i]) if i else ""
-            prompt = self.render(messages[:i], add_generation_prompt=True) if i else before
-            through = text if i == last else self.render(messages[: i + 1])
-            if not (text.startswith(prompt) and text.startswith(through.rstrip())):
-                raise ValueError(
-                    "ChatEncoder: the chat template rewrites earlier turns, so assistant turns cannot be located; "
-                    f"expected a prefix of the conversation up to turn {i}"
-                )
-            end = len(through.rstrip()) if i == last else len(through)
-            spans.append((min(len(before), len(prompt)), len(prompt), max(end, len(prompt))))
-        return text[: spans[-1][2]], spans
+            yield number, text, turns
 
-    def _one_turn_probe(self) -> None:
-        text, spans = self._render_spans([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        if "b" not in text[spans[0][1] : spans[0][2]]:
+    def _probe(self) -> None:
+        """One turn: the answer must be found, and should end with a token that stops generation."""
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        (sample,) = self.encode([chat])
+        self.cuts = CutCounts(max_length=self.max_length)
+        tokens = [str(self.tokenizer.decode([token])) for token in sample.input_ids[sample.supervised]]
+        if not any("b" in token for token in tokens):
             raise ValueError("ChatEncoder: the chat template must render the assistant's content after its header")
+        special = set(self.tokenizer.all_special_tokens) | {
+            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
+        }
+        last = next(token for token in reversed(tokens) if token.strip())
+        if last not in special:
+            _warn_of_no_stop(last)
 
     def _cut(self, sample: Sample) -> Sample:
         over = len(sample) - self.max_length
         if over <= 0:
             return sample
-        # Prompt tokens before the first header go first, from the left; a leading BOS stays.
-        start = int(sample.input_ids[0] == self.tokenizer.bos_token_id)
-        header = int(np.argmax(sample.keep_alone))
-        dropped = min(over, max(0, header - start))
+        # Prompts go first, from the left, the later turns' too; BOS, headers and answers stay.
+        prompt = np.flatnonzero(~sample.keep_alone)
         keep = np.ones(len(sample), bool)
-        keep[start : start + dropped] = False
+        keep[prompt[:over]] = False
         kept = np.flatnonzero(keep)[: self.max_length]
         lost = int(sample.supervised.sum() - sample.supervised[kept].sum())
-        return Sample(sample.input_ids[kept], sample.supervised[kept], sample.keep_alone[kept], dropped, lost)
+        return Sample(sample.input_ids[kept], sample.supervised[kept], sample.keep_alone[kept], min(over, len(prompt)), lost)
 
 
-def _mark(ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int, int]]) -> Sample:
-    """Masks from character spans: a token is supervised when it starts inside an answer."""
+@cache
+def _warn_of_no_stop(last: str) -> None:
+    text = "the chat template ends an answer with %r, which is no special token: a model trained on it may not learn to stop"
+    logger.warning(text, last)
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be encoded.
+
+    Attributes:
+        number: which of those that were given.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"ChatEncoder: conversation {number}: {reason}")
+        self.number, self.reason = number, reason
+
+
+def _keep_or_raise(error: ConversationError, errors: list[ConversationError] | None) -> None:
+    if errors is None:
+        raise error
+    errors.append(error)
+
+
+def _mark(ids: np.ndarray, offsets: np.ndarray, turns: Sequence[Turn]) -> Sample:
+    """Masks from characters: a token is supervised when it holds some of an answer, or it starts there and ends later.
+
+    A header's last space and an answer's first word may be one token.
+    """
     supervised, keep = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
-    start, width = offsets[:, 0], offsets[:, 1] - offsets[:, 0]
-    for header_start, answer_start, answer_end in spans:
-        answer = (start >= answer_start) & (start < answer_end) & (width > 0)
-        if not answer.any():
-            raise ValueError("ChatEncoder: an assistant turn has no token of its own after rendering")
-        supervised |= answer
-        keep |= (start >= header_start) & (start < answer_end)
-    return Sample(ids, supervised, keep)
+    start, end = offsets[:, 0], offsets[:, 1]
+    for header, answer_start, answer_end in turns:
+        inside = (end > answer_start) & (start < answer_end)
+        solid = np.flatnonzero(inside & (end > start))
+        if not len(solid):
+            raise ValueError("an assistant turn has no token of its own after rendering")
+        # Some tokenizers give spaces no width: those between two tokens of the answer are its own.
+        supervised[solid[0] : solid[-1] + 1] |= inside[solid[0] : solid[-1] + 1]
+        keep |= (start >= header) & (start < answer_end)
+    return Sample(ids, supervised, keep | supervised)
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

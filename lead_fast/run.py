@@ -210,8 +210,7 @@ def _train(
     else:
         prepared = prepare(inputs, config, lead, folder / "prepared")
 
-    tokenizer = prepared.tokenizer(config)
-    encoder = ChatEncoder(tokenizer, config.max_length)
+    encoder = prepared.encoder(config)
     accelerator = make_accelerator(config)
     ranks = Ranks.started(accelerator.device)
     if ranks.is_first:
@@ -223,7 +222,7 @@ def _train(
     signals = Signals(engine)
     after_round: dict[str, AfterRound] = {"signals": signals.after_round}
     if config.audit_every:
-        scorer = row_scorer(optimization, ChatEncoder(tokenizer, config.max_length), prepared.pool, config)
+        scorer = row_scorer(optimization, prepared.encoder(config), prepared.pool, config)
         target = folder / AUDIT_FOLDER if ranks.is_first else None
         after_round["audit"] = Auditor(engine, _auditable(config, optimization), scorer, target).after_round
     if engine.budget < engine.config.budget_rows(len(prepared.pool)):
@@ -256,7 +255,7 @@ def _train(
         checkpointer.finish(run)
     log.close()
     with atomic_path(folder / "model", durable=True) if ranks.is_first else nullcontext() as temporary:
-        save_model(optimization.bare, tokenizer, temporary)
+        save_model(optimization.bare, encoder.tokenizer, temporary)
     if ranks.is_first:
         precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
         machine = {"processes": ranks.world, **made_with(optimization.device, precision)}

@@ -43,20 +43,21 @@ def show_batch(config: TrainConfig, lead: LeadConfig, *, color: bool) -> tuple[s
         raise ValueError("pool: required")
     if (Path(config.pool) / PREPARED_FILE).exists():
         prepared = load_prepared(Path(config.pool))
-        pool, tokenizer, title = prepared.pool, prepared.tokenizer(config), "first batch of round 1"
+        pool, encoder, title = prepared.pool, prepared.encoder(config), "first batch of round 1"
         rows = _first_round(pool, lead)
     elif config.model is not None:
         pool, tokenizer = Pool.open(config.pool), load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        encoder = ChatEncoder(tokenizer, config.max_length)
         rows, title = list(range(min(_RAW_ROWS, len(pool)))), "first rows of the pool, which is not prepared"
     else:
         raise ValueError("show_batch: expected a prepared pool or --model, whose tokenizer is there already")
-    samples = encoded_rows(ChatEncoder(tokenizer, config.max_length), pool, rows)
+    samples = encoded_rows(encoder, pool, rows)
     batch = step_batches(samples, rows, config)[0][0]
     lines = [f"{title}: {len(batch)} samples, {batch.num_tokens} tokens, {batch.num_items} supervised (marked *)"]
     for number, (start, end) in enumerate(zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False)):
         row = int(batch.rows[number])
         head = f"sample {number + 1}: row {row}, id {pool.id(row)!r}, tokens {start}-{end - 1}{_cuts(samples[number])}"
-        lines += ["", f"{_BOLD}{head}{_PLAIN}" if color else head, *_runs(batch, start, end, tokenizer, color)]
+        lines += ["", f"{_BOLD}{head}{_PLAIN}" if color else head, *_runs(batch, start, end, encoder.tokenizer, color)]
     summary = {"rows": batch.rows.tolist(), "tokens": batch.num_tokens, "supervised_tokens": batch.num_items}
     return "\n".join(lines), summary
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,8 @@ from torch import nn
 from lead_fast.config import LeadConfig, PrepareConfig
 from lead_fast.demo_pool import FAMILIES, demo_rows
 from lead_fast.engine import LeadEngine
-from lead_fast.files import write_jsonl
+from lead_fast.files import read_jsonl, write_jsonl
 from lead_fast.models import PackedModel, build_model, save_model
-from lead_fast.offline import prepare as stages
 from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.prepare import load_prepared, prepare
 from lead_fast.offline.pretrain import train_tokenizer
@@ -81,13 +81,14 @@ def test_a_row_without_an_answer_token_left_has_no_score(rows, base):
 
 
 def test_a_pool_is_scored_in_the_precision_that_training_has(rows, base, tmp_path, monkeypatch):
-    score, seen = stages.score_pool, []
+    seen, loss = set(), PackedModel.loss
 
-    def spy(*arguments, **options):
-        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
-        return score(*arguments, **options)
+    def spy(model, hidden, *arguments, **options):
+        precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        seen.add((hidden.grad_fn is None, precision))
+        return loss(model, hidden, *arguments, **options)
 
-    monkeypatch.setattr(stages, "score_pool", spy)
+    monkeypatch.setattr(PackedModel, "loss", spy)
     pool = pool_of(rows, tmp_path, monkeypatch)
     for precision in ("bf16", "fp32"):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -96,7 +97,49 @@ def test_a_pool_is_scored_in_the_precision_that_training_has(rows, base, tmp_pat
             prepare(pool, config, LeadConfig(), tmp_path / precision)
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
-    assert seen == [torch.bfloat16, False]
+        assert seen == {(True, torch.bfloat16 if precision == "bf16" else torch.float32)}
+        seen.clear()
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ m['role'] + ', ' + strftime_now('%Y-%m-%d') + ': ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant, ' + strftime_now('%Y-%m-%d') + ': ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def base_without_system(base, tmp_path):
+    folder = tmp_path / "no-system"
+    shutil.copytree(base, folder)
+    (folder / "chat_template.jinja").write_text(NO_SYSTEM)
+    return folder
+
+
+def test_rows_that_the_template_refuses_are_named_or_left_out(rows, base_without_system, tmp_path, monkeypatch, caplog):
+    bad = [{"id": name, "messages": [{"role": "system", "content": "x"}, *rows[0]["messages"][-2:]]} for name in ("one", "two")]
+    pool = pool_of([*rows[:7], bad[0], *rows[7:], bad[1]], tmp_path, monkeypatch)
+    config = PrepareConfig(model=str(base_without_system), out=str(tmp_path / "out"), on_bad_row="error")
+    with pytest.raises(ValueError, match=r"2 of 42 rows cannot be rendered; the first is 'one': .*no system role"):
+        prepare(pool, config, LeadConfig(), tmp_path / "out")
+    prepared = prepare(pool, replace(config, on_bad_row="skip"), LeadConfig(), tmp_path / "out")
+    assert len(prepared.pool) == 40 and prepared.summary["rows_rejected"] == 2
+    assert not {"one", "two"} & set(prepared.pool.ids.to_pylist()) and "they are left out" in caplog.text
+    rejects = read_jsonl(tmp_path / "out.rejects.jsonl")
+    assert [line["id"] for line in rejects] == ["one", "two"] and "no system role" in rejects[0]["reason"]
+    assert json.loads(rejects[1]["raw"]) == bad[1]["messages"]
+
+
+def test_a_template_s_date_is_that_of_the_preparation(rows, base_without_system, tmp_path, monkeypatch):
+    pool = pool_of(rows, tmp_path, monkeypatch)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "date").write_text("2024-02-29")  # begun on another day, and interrupted
+    config = PrepareConfig(model=str(base_without_system))
+    prepared = prepare(pool, config, LeadConfig(), tmp_path / "out")
+    assert prepared.summary["date"] == "2024-02-29"
+    encoder = load_prepared(tmp_path / "out").encoder(config)
+    (sample,) = encoder.encode([rows[0]["messages"]])
+    assert encoder.tokenizer.decode(sample.input_ids).startswith("user, 2024-02-29: ")
 
 
 def test_arms_are_numbered_from_the_easiest():

@@ -190,7 +190,8 @@ class HostRounds:
         position = None if self.open is None else {name: getattr(self.open, name) for name in _POSITION}
         if position is not None:  # counted by each process
             position |= {name: self.ranks.sum_of(position[name]) for name in _COUNTS}
-        return {"format": STATE_FORMAT, "settings": self._settings(), "engine": self.engine.state_dict(), "position": position}
+        state = {"format": STATE_FORMAT, "settings": self._settings(), "engine": self.engine.state_dict(), "position": position}
+        return state | {"date": getattr(self.samples_of, "date", None)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()` into rounds made as they were made for it.
@@ -209,6 +210,8 @@ class HostRounds:
         if changed:
             raise ValueError(f"resume: a run goes on with the settings it began with, but {', '.join(changed)} changed")
         self.engine.load_state_dict(state["engine"])
+        if state.get("date") is not None:
+            self.samples_of.date = state["date"]  # pyright: ignore[reportFunctionMemberAccess]
         self.open, rnd = None, self.engine.open_round
         if rnd is not None:
             position = state["position"] if self.ranks.is_first else state["position"] | dict.fromkeys(_COUNTS, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lead_fast.packing import IGNORE_INDEX, ChatEncoder, Sample
+from lead_fast.packing import IGNORE_INDEX, ChatEncoder, ConversationError, CutCounts, Sample
 from lead_fast.pool import Pool
 
 # What collators may add to the tokens that packing writes anew for the whole batch.
@@ -26,13 +27,32 @@ class ChatSamples:
         max_length: tokens of a sample; see `ChatEncoder`.
 
     Raises:
-        ValueError: the pool has no text, or the tokenizer is not fast.
+        ValueError: the pool has no text or a row that the template cannot render, or the tokenizer is not fast.
     """
 
     def __init__(self, pool: Pool, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         if not pool.has_text:
             raise ValueError("ChatSamples: `pool` must have text where there is no `train_dataset`, got arrays alone")
         self.pool, self.encoder = pool, ChatEncoder(tokenizer, max_length)
+        errors = list[ConversationError]()
+        for _ in self.encoder.encode(pool.iter_messages(), errors=errors):
+            pass
+        if errors:
+            raise ValueError(
+                f"ChatSamples: the chat template must render every row of `pool`, got {len(errors):,} of {len(pool):,} that it "
+                f"does not; the first is {pool.id(errors[0].number)!r}: {errors[0].reason}"
+            )
+        self.encoder.cuts = CutCounts(max_length=max_length)
+
+    @property
+    def date(self) -> str:
+        """What a template that writes the date takes for today, ISO 8601; a run that is resumed has that of its beginning."""
+        return self.encoder.date.isoformat()
+
+    @date.setter
+    def date(self, date: str) -> None:
+        encoder = self.encoder
+        self.encoder = ChatEncoder(encoder.tokenizer, encoder.max_length, datetime.date.fromisoformat(date))
 
     def __call__(self, rows: Sequence[int]) -> list[Sample]:
         """The samples of `rows`, in their order."""

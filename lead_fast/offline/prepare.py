@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import logging
@@ -18,17 +19,18 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lead_fast.config import LeadConfig, PrepareConfig
-from lead_fast.files import atomic_path, write_json
+from lead_fast.files import atomic_path, read_jsonl, write_json, write_jsonl, write_text
 from lead_fast.models import PackedModel, add_lora, load_lora, load_model, load_tokenizer, save_model
 from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.pretrain import pretrained_model
 from lead_fast.offline.scoring import Scores, score_pool
 from lead_fast.offline.warmup import warm_up
 from lead_fast.optimization import make_accelerator
-from lead_fast.packing import ChatEncoder, CutCounts
+from lead_fast.packing import ChatEncoder, ConversationError, CutCounts
 from lead_fast.pool import Pool
 from lead_fast.ranks import Ranks
 
@@ -66,6 +68,11 @@ class Prepared:
     def tokenizer(self, config: PrepareConfig) -> PreTrainedTokenizerBase:
         """The base model's tokenizer."""
         return load_tokenizer(self.base, trust_remote_code=config.trust_remote_code)
+
+    def encoder(self, config: PrepareConfig) -> ChatEncoder:
+        """By that tokenizer, with the date of the offline stages."""
+        date = self.summary.get("date")
+        return ChatEncoder(self.tokenizer(config), config.max_length, date and datetime.date.fromisoformat(date))
 
 
 def load_base(path: str, config: PrepareConfig) -> PreTrainedModel:
@@ -112,6 +119,18 @@ class Stages:
             yield None, notes
         self.ranks.wait()
 
+    def date(self) -> datetime.date:
+        """The day on which the first stage began: what chat templates that write the date take for today."""
+
+        def begun() -> str:
+            path = self.folder / "date"
+            if not path.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_text(path, datetime.date.today().isoformat())
+            return path.read_text()
+
+        return datetime.date.fromisoformat(self.ranks.gather(self.ranks.on_first(begun))[0])
+
     def notes(self, name: str) -> dict[str, Any]:
         return json.loads((self.folder / name / "stage.json").read_text())
 
@@ -140,11 +159,14 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
     base, pool = _base_model(pool, config, lead.seed, stages, summary)
     summary["base"] = base
     brought = pool.arm is not None and pool.utility is not None
+    summary["date"] = stages.date().isoformat()
+    tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
+    encoder = ChatEncoder(tokenizer, config.max_length, stages.date())
+    if pool.has_text:
+        pool = _encodable(pool, encoder, config, ranks, summary)
     if brought:
         logger.info("the pool brings arms and first utilities: no warm-up, no scoring")
     else:
-        tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
-        encoder = ChatEncoder(tokenizer, config.max_length)
         key = _warm_up(pool, encoder, base, config, lead.seed, stages, summary)
         _score(pool, encoder, base, config, lead.seed, stages, key, summary)
 
@@ -160,6 +182,35 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
         return Prepared(prepared_pool, base, None if brought else folder / "start", summary)
 
     return ranks.on_first(write) or load_prepared(folder)
+
+
+def _encodable(pool: Pool, encoder: ChatEncoder, config: PrepareConfig, ranks: Ranks, summary: dict[str, Any]) -> Pool:
+    """The pool without rows that the chat template cannot render, where bad rows are to be skipped.
+
+    Raises:
+        ValueError: it has such rows; the first is named.
+    """
+    errors = list[ConversationError]()
+    rows = np.arange(ranks.number, len(pool), ranks.world)
+    for _ in encoder.encode(tqdm(pool.iter_messages(rows), desc="checking the rows", delay=2, total=len(rows), leave=False,
+                                 disable=not ranks.is_first), errors=errors):  # fmt: skip
+        pass
+    encoder.cuts = CutCounts(max_length=config.max_length)
+    found = sorted((int(rows[error.number]), error.reason) for error in errors)
+    bad = dict(sorted(entry for part in ranks.gather(found) for entry in part))
+    if not bad:
+        return pool
+    row, reason = next(iter(bad.items()))
+    text = f"{len(bad):,} of {len(pool):,} rows cannot be rendered; the first is {pool.id(row)!r}: {reason}"
+    if config.on_bad_row != "skip" or len(bad) == len(pool):
+        raise ValueError(f"pool: {text}; --on-bad-row skip leaves such rows out")
+    logger.warning("%s; they are left out", text)
+    rejects = [{"id": pool.id(row), "field": "messages", "reason": reason, "raw": json.dumps(pool.messages(row))}
+               for row, reason in bad.items()]  # fmt: skip
+    path = Path(f"{str(config.out).rstrip('/')}.rejects.jsonl")
+    ranks.on_first(lambda: write_jsonl(path, (read_jsonl(path) if path.exists() else []) + rejects))
+    summary["rows_rejected"] += len(bad)
+    return pool.subset(np.setdiff1d(np.arange(len(pool)), list(bad)))
 
 
 def _base_model(pool: Pool, config: PrepareConfig, seed: int, stages: Stages, summary: dict[str, Any]) -> tuple[str, Pool]:
@@ -230,11 +281,10 @@ def _score(
         rows = np.arange(ranks.number, len(pool), ranks.world)
         packed = PackedModel(model)
         with stages.write("scores", key) as (folder, notes):
-            with accelerator.autocast():  # in the precision that training has
-                own = score_pool(
-                    packed, encoder.encode(pool.iter_messages(rows)), len(rows), pack_tokens=config.pack_tokens,
-                    device=accelerator.device, seed=seed, quiet=not ranks.is_first,
-                )  # fmt: skip
+            own = score_pool(
+                packed, encoder.encode(pool.iter_messages(rows)), len(rows), pack_tokens=config.pack_tokens,
+                device=accelerator.device, seed=seed, quiet=not ranks.is_first, autocast=lambda: accelerator.autocast(),
+            )  # fmt: skip
             shares = ranks.gather((own, encoder.cuts))
             scores = Scores.merge([share for share, _ in shares])
             encoder.cuts = CutCounts.merge([cuts for _, cuts in shares])
@@ -290,5 +340,13 @@ def _cluster(pool: Pool, config: PrepareConfig, lead: LeadConfig, stages: Stages
 
 
 def encoded_rows(encoder: ChatEncoder, pool: Pool, rows: Iterable[int]) -> list[Any]:
-    """Tokenized samples of rows of the pool, in the order given."""
-    return list(encoder.encode(pool.iter_messages(np.asarray(list(rows), np.int64))))
+    """Tokenized samples of rows of the pool, in the order given.
+
+    Raises:
+        ValueError: a row that cannot be rendered, which is named.
+    """
+    wanted = np.asarray(list(rows), np.int64)
+    try:
+        return list(encoder.encode(pool.iter_messages(wanted)))
+    except ConversationError as error:
+        raise ValueError(f"pool: row {pool.id(int(wanted[error.number]))!r}: {error.reason}") from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class Scores:
 @torch.no_grad()
 def score_pool(
     model: PackedModel, samples: Iterable[Sample], num_rows: int, *, pack_tokens: int, device: torch.device, seed: int,
-    quiet: bool = False,
+    quiet: bool = False, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Scores:  # fmt: skip
     """Scores every sample; each brings two sequences into the same batch, [prompt answer] and [answer].
 
@@ -63,6 +64,7 @@ def score_pool(
         pack_tokens: tokens of a forward pass.
         seed: of the embedding's projection.
         quiet: no bar.
+        autocast: the precision that training has.
     """
     model.eval()
     size = model.causal_lm.config.get_text_config().hidden_size
@@ -72,8 +74,9 @@ def score_pool(
     with tqdm(total=num_rows, desc="scoring the pool", unit="row", delay=2, disable=quiet) as bar:
         for pairs in _paired_batches(samples, pack_tokens):
             batch = pack(pairs).to(device)
-            hidden = model.hidden(batch)
-            samples_out = model.loss(hidden, batch, stats="loss").samples
+            with autocast():
+                hidden = model.hidden(batch)
+                samples_out = model.loss(hidden, batch, stats="loss").samples
             assert samples_out is not None
             # A sample cut so far that no answer token is left has no loss: NaN, and the row is set aside.
             loss = torch.where(samples_out.num_tokens > 0, samples_out.loss, torch.nan).float().cpu()
