@@ -75,10 +75,8 @@ def packed_attention(
         if recomputed and dropout > 0.0:
             _say_once("attention has dropout: torch.compile makes no graph of layers that are recomputed")
         if recomputed and dropout == 0.0:
-            out = _per_sample_operator(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap)
-        else:
-            out = _uncompiled(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, softcap)
-        return out.transpose(1, 2), None
+            return _per_sample_operator(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap), None
+        return _uncompiled(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, softcap), None
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     bounds = cu_seq_lens_q.to(torch.int32)
     return kernel(q, k, v, bounds, max_length_q, scaling, sliding_window, softcap, dropout).unsqueeze(0), None
@@ -209,7 +207,7 @@ def per_sample_attention(
     """The same, sample by sample: cost grows with the sum of squared lengths, not the square of the sum.
 
     Returns:
-        [1, heads, T, D].
+        [1, T, heads, D], contiguous.
     """
     bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     outputs = []
@@ -226,7 +224,7 @@ def per_sample_attention(
             )  # fmt: skip
         else:
             outputs.append(_softcapped_attention(q, k, v, softcap, scaling, window, dropout))
-    return torch.cat(outputs, 2)
+    return torch.cat([out.transpose(1, 2) for out in outputs], 1)
 
 
 # Lengths are numbers in it: compiled, each batch would be a graph of its own.
@@ -265,7 +263,7 @@ def _per_sample_operator(
     softcap: float | None,
 ) -> Tensor:  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
-        return per_sample_attention(query, key, value, cu_seq_lens_q, 0.0, scaling, window, softcap).contiguous()
+        return per_sample_attention(query, key, value, cu_seq_lens_q, 0.0, scaling, window, softcap)
 
 
 @torch.library.custom_op("lead_fast::per_sample_attention_backward", mutates_args=())
@@ -286,7 +284,7 @@ def _per_sample_backward(
 
 @_per_sample_operator.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
 
 
 @_per_sample_backward.register_fake

@@ -18,6 +18,7 @@ from typing import Any
 
 from lead_fast import __version__
 from lead_fast.config import LeadConfig, PrepareConfig, TrainConfig, read_yaml
+from lead_fast.files import os_error
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "int": int,
@@ -212,7 +213,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == 0:
             print(f"lead-fast: interrupted; {interrupt or 'nothing is lost but the stage that ran'}", file=sys.stderr)
         return 128 + getattr(interrupt, "signum", signal.SIGINT)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
+        if not isinstance(error, ValueError | OSError | RuntimeError | ImportError) and os_error(error) is None:
+            raise  # a fault of this program's own: with its trace
         if arguments.verbose:
             raise
         where = "" if rank == 0 else f" in process {rank}"

@@ -138,6 +138,10 @@ class PrepareConfig:
     tuning: str = option("lora", "train LoRA adapters or all weights", choices=("lora", "full"))
     lora_rank: int = option(64, "rank of the LoRA adapters")
     lora_alpha: float = option(16.0, "alpha of the LoRA adapters")
+    lora_targets: str | None = option(
+        None,
+        "linear layers to adapt: last parts of their names, parted by commas; None: all of the text decoder but routers",
+    )
     quantize: str | None = option(
         None, "with tuning lora, load the frozen base in 4 bits (QLoRA: nf4, double quantization) or 8 bits, by bitsandbytes",
         choices=("4bit", "8bit"),
@@ -175,7 +179,14 @@ class PrepareConfig:
             _check(self, name, getattr(self, name) >= 0.0, "at least 0")
         _check(self, "quantize", self.quantize is None or self.tuning == "lora", "None unless tuning is 'lora'")
         _check(self, "quantize", self.quantize is None or self.model_config is None, "None for a model built by model_config")
+        targets = self.lora_targets is None or (self.tuning == "lora" and all(self.adapted or ("",)))
+        _check(self, "lora_targets", targets, "names parted by commas, or None unless tuning is 'lora'")
         _check(self, "threads", self.threads is None or self.threads >= 1, "at least 1, or None")
+
+    @property
+    def adapted(self) -> list[str] | None:
+        """`lora_targets` as a list."""
+        return None if self.lora_targets is None else [name.strip() for name in self.lora_targets.split(",")]
 
     @property
     def peak_learning_rate(self) -> float:

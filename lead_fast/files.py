@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_OS_ERROR = re.compile(r"\bos error (\d+)")
 
 
 @contextmanager
@@ -46,6 +50,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def os_error(error: Exception) -> int | None:
+    """The number (`errno`) of what the operating system refused, also where a library in Rust words it; None: nothing."""
+    code = getattr(error, "errno", None)
+    found = None if code else _OS_ERROR.search(str(error))
+    return int(found[1]) if found else code
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error is that of a full disk, a quota or a limit on the size of files."""
+    return os_error(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -35,9 +35,6 @@ MODEL_SIZES = {
                   intermediate_size=704),
 }  # fmt: skip
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
 # The LM head
 
 
@@ -86,6 +83,28 @@ def _head_module(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
+def causal_lm_of(model: Any) -> Any:
+    """The transformers model itself, inside an adapter's wrapper where there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """What computes the last hidden states: the model without its LM head."""
+    body: Any = model.base_model
+    if body is model:  # its class names a prefix that it does not have
+        body = getattr(model, "model", None)
+    if not isinstance(body, nn.Module):
+        raise ValueError(f"model: expected a causal LM with a base model of its own, got {type(model).__name__}")
+    return body
+
+
+def text_decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of the body that reads text: of a model of images and text its language model, else all of it."""
+    body: Any = body_of(model)
+    decoder = body.get_decoder() if hasattr(body, "get_decoder") else body
+    return decoder if isinstance(decoder, nn.Module) else body
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """Compares the head that the fused loss will compute with the model's own logits on four tokens.
@@ -97,7 +116,7 @@ def check_head(model: PreTrainedModel) -> None:
     model.eval()
     module = _head_module(model)
     ids, dtype = _some_ids(model, 4), module.weight.dtype
-    hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state
+    hidden = body_of(model)(input_ids=ids[None], use_cache=False).last_hidden_state
 
     known: list[Tensor] = []  # what comes of the weight alone, before hooks make something else of it
 
@@ -164,7 +183,7 @@ def check_packing(model: PackedModel) -> None:
 
     def alone(attention: str) -> Tensor:
         causal.set_attn_implementation(attention)
-        hidden = [causal.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in samples]
+        hidden = [body_of(causal)(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in samples]
         return torch.cat(hidden).float()
 
     def error(hidden: Tensor) -> float:
@@ -214,7 +233,7 @@ class PackedModel(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model itself, inside an adapter's wrapper where there is one."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # pyright: ignore
+        return causal_lm_of(self.model)
 
     @property
     def config(self) -> Any:
@@ -236,7 +255,7 @@ class PackedModel(nn.Module):
         return self._run(batch).last_hidden_state[0]
 
     def _run(self, batch: PackedBatch, **options: Any) -> Any:
-        return self.causal_lm.base_model(
+        return body_of(self.causal_lm)(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
@@ -396,29 +415,39 @@ def build_model(size: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, dev
 
 
 def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Sets packed attention."""
+    """Sets packed attention, and freezes what text does not reach (the vision tower of a model of images and text)."""
     model.set_attn_implementation(PACKED_ATTENTION)
+    if (decoder := text_decoder(model)) is not body_of(model):
+        reached = {id(p) for part in (decoder, _head_module(model)) for p in part.parameters()}
+        frozen = [p.requires_grad_(False) for p in model.parameters() if id(p) not in reached]
+        logger.info("%s: %d of its weights are not for text, and stay as they are", type(model).__name__, len(frozen))
     return model
 
 
-def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, seed: int) -> nn.Module:
-    """LoRA adapters on the linear layers of attention and MLP, through peft; initial weights from `seed`."""
-    from peft import LoraConfig, get_peft_model
+def check_length(model: PreTrainedModel, max_length: int) -> None:
+    """Compares the longest sample with what the positions of a model are made for.
 
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    targets = [name for name in LORA_TARGETS if name in names] or "all-linear"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # peft scales by alpha / r; its annotation asks for an int, its code does not.
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
-        return get_peft_model(model, config)
-
-
-def load_lora(model: PreTrainedModel, path: str | Path) -> nn.Module:
-    """A model with the adapters of `path`, to be trained further."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(path), is_trainable=True)
+    Raises:
+        ValueError: there are learned positions for fewer tokens; or rotary embeddings that change with the longest sequence,
+            and with it the results of shorter samples packed beside it.
+    """
+    config: Any = model.config.get_text_config()
+    limit, name = getattr(config, "max_position_embeddings", None), type(model).__name__
+    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Of a model whose layers differ, one of each kind of layer.
+    for kind in rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]:
+        original = kind.get("original_max_position_embeddings", getattr(config, "original_max_position_embeddings", limit))
+        if kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic") and original and max_length > original:
+            raise ValueError(
+                f"max_length: expected at most {original} for {name}, whose rotary embeddings change for all samples of a "
+                f"batch where one is longer, got {max_length}"
+            )
+    if limit is None or max_length <= limit:
+        return
+    tokens: Any = model.get_input_embeddings()
+    if not rope and any(isinstance(m, nn.Embedding) and m is not tokens for m in body_of(model).modules()):
+        raise ValueError(f"max_length: expected at most {limit}, the positions of {name}, got {max_length}")
+    logger.warning("max_length %d is beyond the %d positions that the model is made for", max_length, limit)
 
 
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
@@ -439,7 +468,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | No
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    causal = model.get_base_model() if adapter else model
+    causal = causal_lm_of(model)
     implementation = causal.config._attn_implementation
     causal.set_attn_implementation("sdpa")  # what is loaded elsewhere must not name this package's attention
     try:
@@ -451,7 +480,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | No
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Keeps the inputs of the model's layers alone, and recomputes the rest in backward; only in training mode."""
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+    causal = causal_lm_of(model)
     # transformers 5.24 renames it.
     enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -467,8 +496,8 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     Raises:
         ValueError: the model has no list of layers.
     """
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
-    lists = [module for module in causal.base_model.modules() if isinstance(module, nn.ModuleList)]
+    causal = causal_lm_of(model)
+    lists = [module for module in body_of(causal).modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(f"compile: expected a model with a list of layers, got {type(causal).__name__}")
     for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())):

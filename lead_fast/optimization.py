@@ -50,6 +50,9 @@ def make_accelerator(config: PrepareConfig) -> Accelerator:
         TrainingError: the launcher started more processes than accelerate takes for one run.
     """
     precision = config.precision
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launcher's; "no" is also what it writes by default
+    if precision == "auto" and asked in ("bf16", "fp16"):
+        precision = asked
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     launched = int(os.environ.get("WORLD_SIZE") or 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from torch.distributed import DistError
 
 from lead_fast.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from lead_fast.config import LeadConfig, TrainConfig, read_yaml, to_yaml
+from lead_fast.files import is_full, os_error
 from lead_fast.interrupts import Interrupted, StopSignals
 from lead_fast.optimization import TrainingError
 from lead_fast.trainer import TrainingRun
@@ -98,23 +100,26 @@ class RoundLog:
     def __init__(self, path: Path | None, size: int = 0) -> None:
         # Unbuffered: a line that met a full disk must not be written again when the file is closed.
         self._file = None if path is None else path.open("ab", buffering=0)
-        if self._file is not None:
+        self._digest = hashlib.sha256()
+        if self._file is not None and path is not None:
             self._file.truncate(size)
+            self._digest.update(path.read_bytes())
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line, and hands it to the operating system."""
         if self._file is None:
             return
         line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._digest.update(line)
         while line:
             line = line[self._file.write(line) :]
 
-    def sync(self) -> int:
-        """Waits until the lines are on the disk; returns the bytes of the file."""
+    def sync(self) -> dict[str, Any]:
+        """Waits until the lines are on the disk; returns what `rounds_of` compares: the file's bytes and their SHA-256."""
         if self._file is None:
-            return 0
+            return {"bytes": 0}
         os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        return {"bytes": os.fstat(self._file.fileno()).st_size, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
         if self._file is not None:
@@ -177,7 +182,7 @@ class Checkpointer:
         """Writes a checkpoint now, unless there is one of this very place."""
         if run.num_steps > self._steps:
             begin = time.monotonic()
-            state = self.state.capture(run) | {"log": {"bytes": self.log.sync(), "seconds": self.seconds}}
+            state = self.state.capture(run) | {"log": self.log.sync() | {"seconds": self.seconds}}
             foreign = self._foreign(run.num_steps)
             # All wait: one that ended would have the launcher stop the one that writes.
             path = self.ranks.on_first(lambda: self.checkpoints.write(run.num_steps, state, foreign))
@@ -200,14 +205,23 @@ def rounds_of(checkpoint: Checkpoint, path: Path) -> list[dict[str, Any]]:
     """The rounds that belong to a checkpoint; the file at `path` must begin with them.
 
     Raises:
-        CheckpointError: it is shorter, or holds another number of rounds.
+        CheckpointError: it is shorter, or is not what it was.
     """
-    size, count = checkpoint.state["log"]["bytes"], checkpoint.state["run"]["num_rounds"]
+    log, count = checkpoint.state["log"], checkpoint.state["run"]["num_rounds"]
+    size = log["bytes"]
     found = path.stat().st_size if path.exists() else 0
     if found < size:
         raise CheckpointError(f"{path}: {checkpoint.path.name} needs its first {size} bytes, got {found}")
-    with path.open("rb") as file:
-        rounds = [json.loads(line) for line in file.read(size).splitlines()]
+    content = b""
+    if size:
+        with path.open("rb") as file:
+            content = file.read(size)
+    if "sha256" in log and hashlib.sha256(content).hexdigest() != log["sha256"]:
+        raise CheckpointError(
+            f"{path}: its first {size} bytes are not those that {checkpoint.path.name} was written with; restore the file, or "
+            "begin again with --pool PREPARED in another folder"
+        )
+    rounds = [json.loads(line) for line in content.splitlines()]
     if len(rounds) != count:
         raise CheckpointError(f"{path}: {checkpoint.path.name} needs {count} rounds, got {len(rounds)}")
     return rounds
@@ -223,8 +237,11 @@ def last_checkpoint(checkpoints: Checkpoints) -> str:
 
 
 @contextmanager
-def failures_explained(checkpoints: Checkpoints) -> Iterator[None]:
+def failures_explained(checkpoints: Checkpoints | None) -> Iterator[None]:
     """Says of an error that ends training what happened, what is left, and how to go on.
+
+    Args:
+        checkpoints: of the run; None: there are none, but the offline stages.
 
     Raises:
         TrainingError: in place of a full disk, a folder that cannot be written, memory that ran out, a loss or a weight that is
@@ -235,20 +252,21 @@ def failures_explained(checkpoints: Checkpoints) -> Iterator[None]:
     except CheckpointError:
         raise  # says itself what is left
     except TrainingError as error:
-        if not checkpoints.paths():
+        if checkpoints is None or not checkpoints.paths():
             raise
         raise TrainingError(f"{error}; {last_checkpoint(checkpoints)}") from error
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         if (reason := _reason(error)) is None:
             raise
-        raise TrainingError(f"{reason}; {last_checkpoint(checkpoints)}") from error
+        left = "stages that are complete are kept: repeat the command with --resume"
+        raise TrainingError(f"{reason}; {left if checkpoints is None else last_checkpoint(checkpoints)}") from error
 
 
 def _reason(error: Exception) -> str | None:
     """What to do about a disk or a memory that is full, a folder that cannot be written, or a process that has ended; None for
     other errors."""
-    code, text = getattr(error, "errno", None), str(error).partition("\n")[0]
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text:
+    code, text = os_error(error), str(error).partition("\n")[0]
+    if is_full(error):
         return f"the disk is full ({text}): free some space"
     if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return f"the folder cannot be written ({text})"

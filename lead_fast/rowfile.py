@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from lead_fast.files import atomic_path
+from lead_fast.files import atomic_path, is_full
 from lead_fast.rows import (
     ANSWERS,
     FIELDS,
@@ -424,17 +424,22 @@ def cached_rows(
             return RowFile(path), rejects_path
         except PoolError as error:
             logger.warning("%s; reading the pool again", error)
-    with ExitStack() as stack:
-        temporary = stack.enter_context(atomic_path(path))
-        rejects = None
-        if skip:
-            rejects_temporary = stack.enter_context(atomic_path(rejects_path))
-            rejects = stack.enter_context(open(rejects_temporary, "w", encoding="utf-8"))
-        reader = RowReader(inputs, official, rejects)
-        write_rows(temporary, reader.batches(), reader.info)
-        for source, digest in zip(inputs, digests, strict=True):
-            if source.digest() != digest:
-                raise PoolError(source.name, None, None, "a file that stays as it is while it is read", "a changed one")
+    try:
+        with ExitStack() as stack:
+            temporary = stack.enter_context(atomic_path(path))
+            rejects = None
+            if skip:
+                rejects_temporary = stack.enter_context(atomic_path(rejects_path))
+                rejects = stack.enter_context(open(rejects_temporary, "w", encoding="utf-8"))
+            reader = RowReader(inputs, official, rejects)
+            write_rows(temporary, reader.batches(), reader.info)
+            for source, digest in zip(inputs, digests, strict=True):
+                if source.digest() != digest:
+                    raise PoolError(source.name, None, None, "a file that stays as it is while it is read", "a changed one")
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise OSError(f"the disk of the cache {root} is full ({error}): free some space, or set LEAD_FAST_CACHE") from error
     return RowFile(path), rejects_path
 
 

@@ -106,7 +106,7 @@ def run_prepare(config: PrepareConfig, lead: LeadConfig) -> dict[str, Any]:
     inputs = open_inputs(config)
     if isinstance(inputs, Prepared):
         raise ValueError(f"pool: {config.pool} is prepared already; give it to `lead-fast train`")
-    with StopSignals(several=ranks.world > 1), _claimed(config, ranks) as folder:
+    with StopSignals(several=ranks.world > 1), _claimed(config, ranks) as folder, failures_explained(None):
         prepared = prepare(inputs, config, lead, folder)
         if ranks.is_first:
             write_text(folder / CONFIG_FILE, to_yaml(config, lead.resolve()))

@@ -90,7 +90,7 @@ def test_every_release_gives_what_each_sample_gets_alone(kernel, num_kv_heads, o
     monkeypatch.setattr(attention, "_say_once", attention._say_once.__wrapped__)
     q, k, v = heads(4, 0), heads(num_kv_heads, 1), heads(num_kv_heads, 2)
     got, _ = packed_attention(None, q, k, v, None, cu_seq_lens_q=BOUNDS, max_length_q=12, **options)
-    expected = per_sample_attention(q, k, v, BOUNDS, **options).transpose(1, 2)
+    expected = per_sample_attention(q, k, v, BOUNDS, **options)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     unserved = ("sliding_window" in options and kernel == "torch 2.10") or ("softcap" in options and kernel != "flash-attn")
     assert ("attention runs sample by sample" in caplog.text) == unserved
@@ -141,12 +141,18 @@ def test_the_installed_torch_has_the_kernel_the_adapter_knows():
     assert attention._takes(library, "window_size") or attention._takes(library, "is_causal")
 
 
+def test_what_comes_back_is_contiguous():
+    """Some models take a view of it."""
+    q, k = heads(4, 0), heads(2, 1)
+    assert packed_attention(None, q, k, k, None, cu_seq_lens_q=BOUNDS, max_length_q=12)[0].is_contiguous()
+
+
 def test_a_sample_sees_no_other_and_nothing_ahead():
     q, k, v = heads(4, 0), heads(2, 1), heads(2, 2)
     base = per_sample_attention(q, k, v, BOUNDS)
     changed = v.clone()
     changed[:, :, 9] += 1.0
-    moved = (per_sample_attention(q, k, changed, BOUNDS) - base).abs().amax((0, 1, 3)) > 0
+    moved = (per_sample_attention(q, k, changed, BOUNDS) - base).abs().amax((0, 2, 3)) > 0
     assert moved.tolist() == [False] * 9 + [True] * 9
 
 
@@ -171,7 +177,7 @@ def test_sample_by_sample_is_one_operator_of_a_compiled_graph(num_kv_heads, dtyp
         inputs = [heads(count, seed, dtype)[:, :, :length].clone().requires_grad_() for seed, count in shapes]
         bounds = BOUNDS.clamp(max=length)
         got = compiled(*inputs, bounds)
-        expected = per_sample_attention(*(x.double() for x in inputs), bounds, **options).transpose(1, 2)
+        expected = per_sample_attention(*(x.double() for x in inputs), bounds, **options)
         upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
         near = dict(rtol=1e-5, atol=2e-6) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(got, expected.to(dtype), **near)
@@ -274,7 +280,7 @@ def test_the_kernel_of_this_machine_gives_what_each_sample_gets_alone(num_kv_hea
     inputs = make(4, 0), make(num_kv_heads, 1), make(num_kv_heads, 2)
     upstream = torch.randn(1, 300, 4, 64, device="cuda", dtype=torch.bfloat16)
     got, _ = packed_attention(None, *inputs, None, cu_seq_lens_q=bounds, max_length_q=199, **options)
-    expected = per_sample_attention(*(x.double() for x in inputs), bounds, **options).transpose(1, 2)
+    expected = per_sample_attention(*(x.double() for x in inputs), bounds, **options)
     torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
     for ours, truth in zip(torch.autograd.grad(got, inputs, upstream),
                            torch.autograd.grad(expected, inputs, upstream.double()), strict=True):  # fmt: skip

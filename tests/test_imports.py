@@ -11,7 +11,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lead_fast"
 # Only these rooms know transformers, accelerate and peft.
 HOSTS = {"transformers", "accelerate", "peft"}
-HOST_ROOMS = {"attention.py", "turns.py", "packing.py", "models.py", "optimization.py", "cli.py", "offline", "integrations"}
+HOST_ROOMS = {
+    "attention.py",
+    "turns.py",
+    "lora.py",
+    "packing.py",
+    "models.py",
+    "optimization.py",
+    "cli.py",
+    "offline",
+    "integrations",
+}
 # What the inner rooms may import of this package; None: torch and triton alone.
 INNER = {
     "reference.py": set(),

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lead_fast.attention import PACKED_ATTENTION
-from lead_fast.models import PackedModel, add_lora, build_model, check_head, lm_head, prepare_model, save_model
+from lead_fast.lora import add_lora
+from lead_fast.models import PackedModel, build_model, check_head, check_length, lm_head, prepare_model, save_model
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.packing import ChatEncoder, pack
 
@@ -113,6 +114,81 @@ def test_lora_trains_adapters_only_and_starts_at_the_base_model(tokenizer, sampl
     torch.testing.assert_close(out.loss, before)
     out.loss.backward()
     assert lm_head(PackedModel(adapted).causal_lm).weight.grad is None
+
+
+LORA_NAMES = {
+    "llama": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj", "phi3": "qkv_proj o_proj gate_up_proj down_proj",
+    "gpt2": "c_attn c_fc c_proj", "starcoder2": "q_proj k_proj v_proj o_proj c_fc c_proj",
+    "qwen3_moe": "q_proj k_proj v_proj o_proj",
+}  # fmt: skip
+
+
+def adapted(model):
+    return {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+
+
+@pytest.mark.parametrize("kind", LORA_NAMES)
+def test_lora_adapts_every_linear_layer_of_a_family_but_routers(kind, tokenizer):
+    options = {"pad_token_id": 0} if kind == "phi3" else {"num_experts": 4} if kind == "qwen3_moe" else {}
+    model = add_lora(tiny(kind, len(tokenizer), **options), rank=2, alpha=4.0, seed=0)
+    assert {name.rsplit(".", 1)[-1] for name in adapted(model)} == set(LORA_NAMES[kind].split())
+
+
+def test_lora_on_chosen_layers(tokenizer):
+    model = add_lora(tiny("llama", len(tokenizer)), rank=2, alpha=4.0, seed=0, targets=["q_proj", "v_proj"])
+    assert {name.rsplit(".", 1)[-1] for name in adapted(model)} == {"q_proj", "v_proj"}
+    with pytest.raises(ValueError, match=r"lora_targets: expected some of down_proj, .*, got qkv_proj"):
+        add_lora(tiny("llama", len(tokenizer)), rank=2, alpha=4.0, seed=0, targets=["q_proj", "qkv_proj"])
+
+
+def images_and_text(vocab):
+    text = dict(vocab_size=vocab + 8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                intermediate_size=48, head_dim=8, sliding_window=16, query_pre_attn_scalar=8)  # fmt: skip
+    vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=28,
+                  patch_size=14, vision_use_head=False)  # fmt: skip
+    config = transformers.AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=vocab + 1,
+        boi_token_index=vocab + 2, eoi_token_index=vocab + 3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_of_a_model_of_images_and_text_the_text_is_trained(tuning, tokenizer, samples):
+    model = images_and_text(len(tokenizer))
+    assert any("vision" in name for name, _ in model.named_parameters())
+    if tuning == "lora":
+        model = add_lora(model, rank=2, alpha=4.0, seed=0)
+        assert len(adapted(model)) == 14 and not any("vision" in name for name in adapted(model))
+    PackedModel(model)(pack(samples)).loss.backward()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None for _, p in trained)  # DDP waits for every gradient
+    assert not any("vision" in name or "projector" in name for name, _ in trained)
+
+
+def test_a_class_whose_prefix_names_nothing_has_a_body(tokenizer, samples):
+    model = tiny("llama", len(tokenizer))
+    expected = PackedModel(model)(pack(samples)).loss
+    type(model).base_model_prefix, kept = "language_model", type(model).base_model_prefix  # as Llama 4's text model
+    try:
+        torch.testing.assert_close(PackedModel(model)(pack(samples)).loss, expected)
+    finally:
+        type(model).base_model_prefix = kept
+
+
+def test_longer_samples_than_positions_are_refused(tokenizer, caplog):
+    check_length(tiny("gpt2", len(tokenizer)), 1024)
+    with pytest.raises(ValueError, match="max_length: expected at most 1024, the positions of GPT2LMHeadModel, got 1025"):
+        check_length(tiny("gpt2", len(tokenizer)), 1025)
+    assert not caplog.text
+    check_length(tiny("llama", len(tokenizer), max_position_embeddings=64), 65)
+    assert "max_length 65 is beyond the 64 positions" in caplog.text
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    dynamic = tiny("llama", len(tokenizer), max_position_embeddings=64, rope_parameters=rope)
+    check_length(dynamic, 64)
+    with pytest.raises(ValueError, match=r"max_length: expected at most 64 .* whose rotary embeddings change"):
+        check_length(dynamic, 100)
 
 
 def test_equal_seeds_build_equal_models(tokenizer):

@@ -12,10 +12,12 @@ import sys
 import pytest
 import torch
 import yaml
-from same_run import assert_same_run, finished, wait_for_rounds
+from same_run import PREPARE, assert_same_run, finished, wait_for_rounds
 
 from lead_fast.checkpoint import Checkpoints
 from lead_fast.cli import main
+from lead_fast.models import build_model, save_model
+from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization
 from lead_fast.resume import locked
 
@@ -103,6 +105,30 @@ def test_a_file_that_outgrows_its_limit(runs, reference, interrupted):
     assert checkpoints_of(out) == before and not list(out.glob("checkpoints/.*"))
     finished(runs.start(command))
     assert_same_run(out, reference("lora")[1])
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [(20_000, "the disk of the cache {cache} is full ("), (400_000, "the disk is full (")],
+    ids=["the cache", "a stage"],
+)
+def test_a_preparation_that_finds_no_room(limit, message, runs, reference, tmp_path, small_model):
+    pool, cache = reference.folder / "pool.jsonl", tmp_path / "cache"
+    options = ["prepare", "--pool", str(pool), "--model", str(small_model), "--out", str(tmp_path / "out"), *PREPARE[4:]]
+    run = runs.start(options, file_limit=limit, environment={"LEAD_FAST_CACHE": str(cache)})
+    assert run.wait() == 1
+    log = run.log.read_text()
+    assert message.format(cache=cache) in log and "free some space" in log and "Traceback" not in log
+    assert not list(tmp_path.rglob("*.tmp"))
+    again = ["--resume"] if "repeat the command with --resume" in log else []
+    finished(runs.start([*options, *again], environment={"LEAD_FAST_CACHE": str(cache)}))
+
+
+@pytest.fixture
+def small_model(tmp_path):
+    tokenizer = train_tokenizer(["some words to learn from, 1 2 3. " * 9], 400)
+    save_model(build_model("tiny", tokenizer, seed=0, device=torch.device("cpu")), tokenizer, tmp_path / "small")
+    return tmp_path / "small"
 
 
 @pytest.fixture
@@ -277,6 +303,20 @@ def test_what_a_checkpoint_needs_of_rounds_jsonl_is_missed(runs, interrupted):
     run = runs.start(command)
     assert run.wait() == 1
     assert "rounds.jsonl: step-" in run.log.read_text() and "got 100" in run.log.read_text()
+
+
+def test_rounds_jsonl_must_be_what_a_checkpoint_was_written_with(runs, interrupted):
+    command, out = interrupted
+    path = out / "rounds.jsonl"
+    content = path.read_bytes()
+    for damaged in (content[:50] + b"?" * 10 + content[60:], content.replace(b'"round": 1', b'"round": 9', 1)):
+        path.write_bytes(damaged)
+        run = runs.start(command)
+        assert run.wait() == 1
+        log = run.log.read_text()
+        assert f"{path}: its first" in log and "are not those that step-" in log and "Traceback" not in log
+    path.write_bytes(content)
+    finished(runs.start(command))
 
 
 def test_changed_options_are_refused_by_name(runs, interrupted):

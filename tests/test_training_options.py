@@ -16,7 +16,8 @@ from lead_fast.cli import main
 from lead_fast.config import TrainConfig
 from lead_fast.demo_pool import demo_rows
 from lead_fast.files import write_jsonl
-from lead_fast.models import LORA_TARGETS, PackedModel, add_lora, build_model, load_model, save_model
+from lead_fast.lora import add_lora
+from lead_fast.models import PackedModel, build_model, load_model, save_model
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization, TrainingError, make_accelerator
 from lead_fast.packing import ChatEncoder, pack
@@ -127,7 +128,7 @@ def test_lora_on_a_quantized_base(bits, folder, tokenizer, samples, tmp_path):
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantized bases")
     base = load_model(folder, dtype=torch.float32, device=CPU, quantize=bits)
     kinds = {"4bit": bnb.nn.Linear4bit, "8bit": bnb.nn.Linear8bitLt}
-    linear = {name: module for name, module in base.named_modules() if name.rsplit(".", 1)[-1] in LORA_TARGETS}
+    linear = {name: module for name, module in base.named_modules() if name.endswith("_proj")}
     assert linear and all(type(module) is kinds[bits] for module in linear.values())
     assert type(base.get_output_embeddings()) is nn.Linear
     model = add_lora(base, rank=4, alpha=16.0, seed=0)
@@ -180,3 +181,15 @@ def test_first_order_needs_the_layers_as_they_are(option, tokenizer):
     engine = lf.LeadEngine(pool, lf.LeadConfig(estimator="first_order"))
     with pytest.raises(TrainingError, match="leave --gradient-checkpointing and --compile out"):
         attach(engine, Optimization(model, make_accelerator(config), config))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "option", "expected"), [("bf16", "auto", "bf16"), ("no", "auto", "no"), ("bf16", "fp32", "no")]
+)
+def test_the_launcher_s_precision_holds_where_no_other_is_asked_for(launcher, option, expected, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    try:
+        assert make_accelerator(TrainConfig(precision=option)).mixed_precision == expected
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -39,7 +39,14 @@ from lead_fast.integrations.checks import check_host
 from lead_fast.integrations.rounds import HostRounds
 from lead_fast.integrations.samples import ChatSamples, DatasetSamples
 from lead_fast.integrations.state_file import load_state, save_state
-from lead_fast.models import PackedModel, compile_layers, forward_replaced, trained_parameters
+from lead_fast.models import (
+    PackedModel,
+    causal_lm_of,
+    check_length,
+    compile_layers,
+    forward_replaced,
+    trained_parameters,
+)
 from lead_fast.ops import LinearCrossEntropyOutput
 from lead_fast.packing import CutCounts, PackedBatch, Sample
 from lead_fast.pool import Pool
@@ -67,7 +74,7 @@ class LeadRounds(_Host):
         """Once, when the host is set up."""
         check_host(type(self).__name__, self)
         model = self.model
-        self._attention = AttentionSwitch(model.get_base_model() if hasattr(model, "get_base_model") else model)  # pyright: ignore
+        self._attention = AttentionSwitch(causal_lm_of(model))
         with self._attention.on():
             self._packed = PackedModel(model)  # pyright: ignore[reportArgumentType]
         args, self._ranks = self.args, Ranks.started(self.args.device)
@@ -359,6 +366,7 @@ class LeadTrainer(LeadRounds, Trainer):
                 raise ValueError(
                     "LeadTrainer: `processing_class` must be a tokenizer where there is no `train_dataset`, got None"
                 )
+            check_length(causal_lm_of(self.model), max_length)
             samples: Callable[[Sequence[int]], list[Sample]] = ChatSamples(pool, tokenizer, max_length)
         else:
             dataset: Any = self.train_dataset

@@ -21,6 +21,7 @@ from lead_fast.pool import Pool
 logger = logging.getLogger(__name__)
 
 ROW = "lead_row"
+_LOOKED_AT = 32  # rows, for whether the host masks anything
 
 
 class LeadSFTTrainer(LeadRounds, SFTTrainer):
@@ -63,11 +64,6 @@ class LeadSFTTrainer(LeadRounds, SFTTrainer):
         super().__init__(model, args, train_dataset=train_dataset.add_column(ROW, rows), **kwargs)  # pyright: ignore
         if self._is_vision_dataset:
             raise ValueError("LeadSFTTrainer: `train_dataset` must be text, got images")
-        settings: Any = self.args
-        if not (settings.assistant_only_loss or self.completion_only_loss):
-            logger.warning(
-                "every token is supervised: the pool's utilities must be losses over all tokens too, or set assistant_only_loss"
-            )
         left: Any = self.train_dataset
         kept = left.select_columns(ROW).with_format("numpy")[:][ROW]
         index = np.full(len(pool), -1, np.int64)
@@ -76,7 +72,12 @@ class LeadSFTTrainer(LeadRounds, SFTTrainer):
             dropped = index < 0
             logger.warning("%d of %d rows have nothing to learn from after truncation: set aside", dropped.sum(), len(pool))
             pool = pool.with_arrays(aside=pool.aside | dropped)
-        self.start_rounds(pool, lead, self.dataset_samples(index))
+        samples = self.dataset_samples(index)
+        if len(kept) and all(sample.supervised.all() for sample in samples(sorted(kept[:_LOOKED_AT].tolist()))):
+            logger.warning(
+                "every token is supervised: the pool's utilities must be losses over all tokens too, or set assistant_only_loss"
+            )
+        self.start_rounds(pool, lead, samples)
         if self.aux_loss_enabled:
             causal: Any = self._packed.causal_lm
             causal.router_aux_loss_coef = self.router_aux_loss_coef  # the host's argument, which only its own loss reads

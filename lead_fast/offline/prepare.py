@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lead_fast.config import LeadConfig, PrepareConfig
 from lead_fast.files import atomic_path, read_jsonl, write_json, write_jsonl, write_text
-from lead_fast.models import PackedModel, add_lora, load_lora, load_model, load_tokenizer, save_model
+from lead_fast.lora import add_lora, load_lora
+from lead_fast.models import PackedModel, check_length, load_model, load_tokenizer, save_model
 from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.pretrain import pretrained_model
 from lead_fast.offline.scoring import Scores, score_pool
@@ -63,7 +64,7 @@ class Prepared:
         base = load_base(self.base, config)
         if self.start is not None:
             return load_lora(base, self.start)
-        return add_lora(base, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
+        return add_lora(base, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed, targets=config.adapted)
 
     def tokenizer(self, config: PrepareConfig) -> PreTrainedTokenizerBase:
         """The base model's tokenizer."""
@@ -80,9 +81,11 @@ def load_base(path: str, config: PrepareConfig) -> PreTrainedModel:
     accelerator = make_accelerator(config)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(accelerator.mixed_precision))
     dtype = half if half is not None and config.tuning == "lora" else torch.float32
-    return load_model(
+    model = load_model(
         path, dtype=dtype, device=accelerator.device, trust_remote_code=config.trust_remote_code, quantize=config.quantize
     )
+    check_length(model, config.max_length)
+    return model
 
 
 class Stages:
@@ -236,8 +239,8 @@ def _base_model(pool: Pool, config: PrepareConfig, seed: int, stages: Stages, su
 
 
 def _model_settings(config: PrepareConfig) -> dict[str, Any]:
-    names = ("tuning", "lora_rank", "lora_alpha", "weight_decay", "max_grad_norm", "step_tokens", "accumulation",
-             "precision", "max_length", "quantize")  # fmt: skip
+    names = ("tuning", "lora_rank", "lora_alpha", "lora_targets", "weight_decay", "max_grad_norm", "step_tokens",
+             "accumulation", "precision", "max_length", "quantize")  # fmt: skip
     return {name: getattr(config, name) for name in names} | {"learning_rate": config.peak_learning_rate}
 
 
@@ -259,7 +262,7 @@ def _warm_up(
         samples = list(encoder.encode(pool.iter_messages(shuffled)))
         model: nn.Module = load_base(base, config)
         if config.tuning == "lora":
-            model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
+            model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed, targets=config.adapted)
         with stages.write("start", key, rows=rows.tolist(), tokens=sum(map(len, samples))) as (folder, notes):
             notes["loss"] = warm_up(model, samples, config) if samples else None
             save_model(model, encoder.tokenizer, folder)

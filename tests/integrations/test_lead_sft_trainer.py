@@ -202,3 +202,8 @@ def test_supervising_every_token_is_said(tokenizer, tmp_path, caplog):
     caplog.clear()
     sft(tmp_path, tokenizer, FORMATS["messages"][0], assistant_only_loss=True)
     assert "every token is supervised" not in caplog.text
+    caplog.clear()
+    ids = [list(range(3, 9)), list(range(4, 12))] * (N // 2)
+    tokens = [{"input_ids": row, "labels": [-100, -100, *row[2:]]} for row in ids]
+    sft(tmp_path, tokenizer, tokens, dataset_kwargs={"skip_prepare_dataset": True})
+    assert "every token is supervised" not in caplog.text
