@@ -24,8 +24,9 @@ from tqdm import tqdm
 from lead_fast.config import PrepareConfig
 from lead_fast.demo_pool import demo_rows
 from lead_fast.first_order import FirstOrderRound, LoraSketch
+from lead_fast.loading import load_model, load_tokenizer
 from lead_fast.lora import add_lora
-from lead_fast.models import PackedModel, load_model, load_tokenizer, trained_parameters
+from lead_fast.models import PackedModel, trained_parameters
 from lead_fast.offline.pretrain import pretrained_model
 from lead_fast.optimization import evaluate
 from lead_fast.packing import ChatEncoder, PackedBatch, Sample, fill, pack

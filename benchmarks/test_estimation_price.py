@@ -28,8 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lead_fast as lf
 from lead_fast.config import TrainConfig
+from lead_fast.loading import MODEL_SIZES, prepare_model
 from lead_fast.lora import add_lora
-from lead_fast.models import MODEL_SIZES, prepare_model
 from lead_fast.optimization import Optimization, make_accelerator, step_batches
 from lead_fast.packing import PackedBatch, Sample
 

@@ -90,7 +90,8 @@ def model_states() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Last hidden states [T, H], head [V, H] and labels [T] (prompts ignored) of `--model-config small` after pretraining."""
     from lead_fast.config import PrepareConfig
     from lead_fast.demo_pool import demo_rows
-    from lead_fast.models import PackedModel, lm_head, load_model, load_tokenizer
+    from lead_fast.loading import load_model, load_tokenizer
+    from lead_fast.models import PackedModel, lm_head
     from lead_fast.offline.pretrain import pretrained_model
     from lead_fast.packing import ChatEncoder, pack
 

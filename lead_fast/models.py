@@ -5,35 +5,23 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from lead_fast.attention import COMPILED_LAYER, PACKED_ATTENTION
+from lead_fast.attention import COMPILED_LAYER
 from lead_fast.ops import LinearCrossEntropyOutput, Reduction, Stats, linear_cross_entropy
 from lead_fast.packing import PackedBatch
-from lead_fast.shards import are_sharded, is_partitioned, whole_on_first
+from lead_fast.shards import is_partitioned
 
 logger = logging.getLogger(__name__)
 
-_QUIET_BYTES = 500_000_000
-
-# Models that need no download: a Llama with tied embeddings; (vocabulary, hidden, layers, heads, KV heads, MLP).
-MODEL_SIZES = {
-    "tiny": dict(vocab_size=2048, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                 intermediate_size=352),
-    "small": dict(vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
-                  intermediate_size=704),
-}  # fmt: skip
 
 # The LM head
 
@@ -54,7 +42,7 @@ def lm_head(model: PreTrainedModel) -> Head:
     Raises:
         ValueError: a head that it cannot serve: none, adapters on it, sharded or quantized weights.
     """
-    head, name = _head_module(model), type(model).__name__
+    head, name = head_of(model), type(model).__name__
     weight = head.weight
     whole = weight.shape == (head.out_features, head.in_features) and not weight.is_meta
     if type(weight.data).__name__ == "DTensor" or not whole or not weight.is_floating_point():
@@ -70,7 +58,7 @@ def lm_head(model: PreTrainedModel) -> Head:
     return Head(weight, getattr(head, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
 
 
-def _head_module(model: PreTrainedModel) -> nn.Linear:
+def head_of(model: PreTrainedModel) -> nn.Linear:
     head: Any = model.get_output_embeddings()
     name = type(model).__name__
     if head is None:
@@ -114,7 +102,7 @@ def check_head(model: PreTrainedModel) -> None:
     """
     was_training = model.training
     model.eval()
-    module = _head_module(model)
+    module = head_of(model)
     ids, dtype = _some_ids(model, 4), module.weight.dtype
     hidden = body_of(model)(input_ids=ids[None], use_cache=False).last_hidden_state
 
@@ -307,7 +295,7 @@ class PackedModel(nn.Module):
         def fused(hidden: Tensor) -> LinearCrossEntropyOutput:
             return self._fused(hidden, batch, reduction=reduction, num_items=num_items, stats=stats)
 
-        head = _head_module(self.causal_lm)
+        head = head_of(self.causal_lm)
         with forward_replaced(head, fused):
             return head(hidden)
 
@@ -349,133 +337,7 @@ def _load_balancing_loss(model: Any, router_logits: tuple[Tensor, ...]) -> Tenso
     return model.router_aux_loss_coef * function(router_logits, model.num_experts, model.num_experts_per_tok)
 
 
-# Loading, building, saving
-
-
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub name."""
-    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-
-
-def load_model(
-    path: str | Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False, quantize: str | None = None
-) -> PreTrainedModel:
-    """A causal LM from a model folder or hub name, with packed attention.
-
-    Args:
-        path: of the model.
-        dtype: of its weights; of the computation, where they are quantized.
-        device: where it is loaded to.
-        trust_remote_code: run code that the folder brings along.
-        quantize: "4bit" (nf4, double quantization) or "8bit": the linear layers but the LM head, through bitsandbytes.
-
-    Raises:
-        ValueError: it is no causal LM whose head the fused loss can serve.
-        ImportError: `quantize` without bitsandbytes.
-    """
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if quantize is not None:
-        options |= {"quantization_config": _quantization(quantize, dtype), "device_map": {"": device}}
-    weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
-    with _quiet_loading() if 0 < weights < _QUIET_BYTES else nullcontext():
-        model: Any = AutoModelForCausalLM.from_pretrained(str(path), **options)
-    if quantize is None:
-        return prepare_model(model.to(device))
-    for module in model.modules() if device.type == "cpu" else ():
-        # bitsandbytes repacks its weights on some CPUs at the first evaluation, for good and with rounded scales: what is
-        # trained after would not be what was evaluated.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return prepare_model(model)
-
-
-def _quantization(bits: str, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if find_spec("bitsandbytes") is None:
-        raise ImportError("quantize: bitsandbytes is not installed; pip install bitsandbytes, or leave --quantize out")
-    if bits == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-
-
-def build_model(size: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, device: torch.device) -> PreTrainedModel:
-    """A Llama of `MODEL_SIZES` with random weights from `seed`, for the tokenizer's vocabulary, fp32."""
-    shape = MODEL_SIZES[size] | {"vocab_size": len(tokenizer)}
-    config = AutoConfig.for_model(
-        "llama", **shape, max_position_embeddings=2048, tie_word_embeddings=True, rms_norm_eps=1e-5,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return prepare_model(model.to(device))
-
-
-def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Sets packed attention, and freezes what text does not reach (the vision tower of a model of images and text)."""
-    model.set_attn_implementation(PACKED_ATTENTION)
-    if (decoder := text_decoder(model)) is not body_of(model):
-        reached = {id(p) for part in (decoder, _head_module(model)) for p in part.parameters()}
-        frozen = [p.requires_grad_(False) for p in model.parameters() if id(p) not in reached]
-        logger.info("%s: %d of its weights are not for text, and stay as they are", type(model).__name__, len(frozen))
-    return model
-
-
-def check_length(model: PreTrainedModel, max_length: int) -> None:
-    """Compares the longest sample with what the positions of a model are made for.
-
-    Raises:
-        ValueError: there are learned positions for fewer tokens; or rotary embeddings that change with the longest sequence,
-            and with it the results of shorter samples packed beside it.
-    """
-    config: Any = model.config.get_text_config()
-    limit, name = getattr(config, "max_position_embeddings", None), type(model).__name__
-    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # Of a model whose layers differ, one of each kind of layer.
-    for kind in rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]:
-        original = kind.get("original_max_position_embeddings", getattr(config, "original_max_position_embeddings", limit))
-        if kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic") and original and max_length > original:
-            raise ValueError(
-                f"max_length: expected at most {original} for {name}, whose rotary embeddings change for all samples of a "
-                f"batch where one is longer, got {max_length}"
-            )
-    if limit is None or max_length <= limit:
-        return
-    tokens: Any = model.get_input_embeddings()
-    if not rope and any(isinstance(m, nn.Embedding) and m is not tokens for m in body_of(model).modules()):
-        raise ValueError(f"max_length: expected at most {limit}, the positions of {name}, got {max_length}")
-    logger.warning("max_length %d is beyond the %d positions that the model is made for", max_length, limit)
-
-
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
-    """Writes weights (or adapters) and tokenizer as transformers and peft load them, safetensors only.
-
-    Args:
-        model: all processes must call this where its weights are sharded: they are put together on the host.
-        tokenizer: written beside it.
-        folder: None in the processes that do not write.
-    """
-    adapter, whole = hasattr(model, "get_base_model"), dict[str, Any]()
-    if are_sharded(model.parameters()):
-        tied = set[int]()
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if id(tensor) not in tied and (tensor.requires_grad or not adapter):
-                tied.add(id(tensor))
-                whole[name] = whole_on_first(tensor, folder is not None)
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    causal = causal_lm_of(model)
-    implementation = causal.config._attn_implementation
-    causal.set_attn_implementation("sdpa")  # what is loaded elsewhere must not name this package's attention
-    try:
-        model.save_pretrained(str(folder), **({"state_dict": whole} if whole else {}))
-        tokenizer.save_pretrained(str(folder))
-    finally:
-        causal.set_attn_implementation(implementation)
+# What training asks of a model
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -509,15 +371,3 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters that training changes, in the model's own order."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Hides transformers' bar over the weights of models that load at once."""
-    enabled = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers.utils.logging.enable_progress_bar()

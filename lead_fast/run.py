@@ -23,8 +23,8 @@ from lead_fast.doctor import made_with
 from lead_fast.engine import LeadEngine
 from lead_fast.files import atomic_path, remove_leftovers, write_json, write_jsonl, write_text
 from lead_fast.interrupts import StopSignals
+from lead_fast.loading import save_model
 from lead_fast.metrics import TRAINING_PARTS, peak_mib, tracked, write_candidates
-from lead_fast.models import save_model
 from lead_fast.offline.prepare import PREPARED_FILE, Prepared, encoded_rows, load_prepared, prepare
 from lead_fast.optimization import Optimization, check_trackers, evaluate, finished_trackers, make_accelerator, start_trackers
 from lead_fast.packing import ChatEncoder, Sample

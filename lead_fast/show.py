@@ -11,7 +11,7 @@ import torch
 
 from lead_fast.config import LeadConfig, TrainConfig
 from lead_fast.engine import LeadEngine
-from lead_fast.models import load_tokenizer
+from lead_fast.loading import load_tokenizer
 from lead_fast.offline.prepare import PREPARED_FILE, encoded_rows, load_prepared
 from lead_fast.optimization import step_batches
 from lead_fast.packing import ChatEncoder, PackedBatch, Sample

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lead_fast import attention
 from lead_fast.attention import packed_attention, per_sample_attention
-from lead_fast.models import build_model
+from lead_fast.loading import build_model
 from lead_fast.offline.pretrain import train_tokenizer
 
 BOUNDS = torch.tensor([0, 5, 6, 18], dtype=torch.int32)

@@ -201,8 +201,9 @@ def test_an_audited_run_is_the_run_that_it_watches(runs):
 
 
 def test_the_last_truths_are_the_losses_of_the_model_that_was_saved(runs):
+    from lead_fast.loading import load_tokenizer
     from lead_fast.lora import load_lora
-    from lead_fast.models import PackedModel, load_tokenizer
+    from lead_fast.models import PackedModel
     from lead_fast.offline.prepare import load_base, load_prepared
     from lead_fast.packing import ChatEncoder, pack
 

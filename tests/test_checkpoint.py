@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lead_fast.checkpoint import CheckpointError, Checkpoints
 from lead_fast.config import LeadConfig, TrainConfig
 from lead_fast.engine import LeadEngine
+from lead_fast.loading import prepare_model
 from lead_fast.lora import add_lora
-from lead_fast.models import prepare_model
 from lead_fast.optimization import Optimization, TrainingError
 from lead_fast.packing import Sample
 from lead_fast.pool import Pool

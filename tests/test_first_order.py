@@ -16,7 +16,8 @@ import lead_fast as lf
 from lead_fast.cli import main
 from lead_fast.demo_pool import demo_rows
 from lead_fast.first_order import FirstOrderRound, LoraSketch, SampleTiles
-from lead_fast.models import PackedModel, prepare_model, trained_parameters
+from lead_fast.loading import prepare_model
+from lead_fast.models import PackedModel, trained_parameters
 from lead_fast.packing import Sample, pack
 
 VOCAB, FULL = 97, 10**6

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lead_fast.attention import PACKED_ATTENTION
+from lead_fast.loading import build_model, check_length, prepare_model, save_model
 from lead_fast.lora import add_lora
-from lead_fast.models import PackedModel, build_model, check_head, check_length, lm_head, prepare_model, save_model
+from lead_fast.models import PackedModel, check_head, lm_head
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.packing import ChatEncoder, pack
 

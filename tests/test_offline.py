@@ -15,7 +15,8 @@ from lead_fast.config import LeadConfig, PrepareConfig
 from lead_fast.demo_pool import FAMILIES, demo_rows
 from lead_fast.engine import LeadEngine
 from lead_fast.files import read_jsonl, write_jsonl
-from lead_fast.models import PackedModel, build_model, save_model
+from lead_fast.loading import build_model, save_model
+from lead_fast.models import PackedModel
 from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.prepare import load_prepared, prepare
 from lead_fast.offline.pretrain import train_tokenizer

@@ -25,8 +25,9 @@ import lead_fast as lf
 from lead_fast.checkpoint import FOREIGN, Checkpoints
 from lead_fast.config import TrainConfig
 from lead_fast.interrupts import StopSignals
+from lead_fast.loading import build_model, save_model
 from lead_fast.lora import add_lora
-from lead_fast.models import build_model, save_model, trained_parameters
+from lead_fast.models import trained_parameters
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization, TrainingError, evaluate, make_accelerator
 from lead_fast.packing import ChatEncoder, pack

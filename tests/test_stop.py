@@ -16,7 +16,7 @@ from same_run import PREPARE, assert_same_run, finished, wait_for_rounds
 
 from lead_fast.checkpoint import Checkpoints
 from lead_fast.cli import main
-from lead_fast.models import build_model, save_model
+from lead_fast.loading import build_model, save_model
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization
 from lead_fast.resume import locked

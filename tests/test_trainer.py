@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from lead_fast.config import TrainConfig
-from lead_fast.models import build_model
+from lead_fast.loading import build_model
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization, learning_rate, step_batches
 from lead_fast.packing import ChatEncoder, pack

@@ -16,8 +16,9 @@ from lead_fast.cli import main
 from lead_fast.config import TrainConfig
 from lead_fast.demo_pool import demo_rows
 from lead_fast.files import write_jsonl
+from lead_fast.loading import build_model, load_model, save_model
 from lead_fast.lora import add_lora
-from lead_fast.models import PackedModel, build_model, load_model, save_model
+from lead_fast.models import PackedModel
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization, TrainingError, make_accelerator
 from lead_fast.packing import ChatEncoder, pack

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 import lead_fast as lf
 from lead_fast.config import TrainConfig
 from lead_fast.demo_pool import demo_rows
+from lead_fast.loading import prepare_model
 from lead_fast.lora import add_lora
-from lead_fast.models import prepare_model
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization, make_accelerator, step_batches
 from lead_fast.packing import ChatEncoder, Messages, PackedBatch, Sample

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
-from lead_fast.models import prepare_model
+from lead_fast.loading import prepare_model
 
 
 class AttentionSwitch:

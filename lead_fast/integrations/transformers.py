@@ -39,14 +39,8 @@ from lead_fast.integrations.checks import check_host
 from lead_fast.integrations.rounds import HostRounds
 from lead_fast.integrations.samples import ChatSamples, DatasetSamples
 from lead_fast.integrations.state_file import load_state, save_state
-from lead_fast.models import (
-    PackedModel,
-    causal_lm_of,
-    check_length,
-    compile_layers,
-    forward_replaced,
-    trained_parameters,
-)
+from lead_fast.loading import check_length
+from lead_fast.models import PackedModel, causal_lm_of, compile_layers, forward_replaced, trained_parameters
 from lead_fast.ops import LinearCrossEntropyOutput
 from lead_fast.packing import CutCounts, PackedBatch, Sample
 from lead_fast.pool import Pool

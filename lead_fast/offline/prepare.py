@@ -24,8 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lead_fast.config import LeadConfig, PrepareConfig
 from lead_fast.files import atomic_path, read_jsonl, write_json, write_jsonl, write_text
+from lead_fast.loading import check_length, load_model, load_tokenizer, save_model
 from lead_fast.lora import add_lora, load_lora
-from lead_fast.models import PackedModel, check_length, load_model, load_tokenizer, save_model
+from lead_fast.models import PackedModel
 from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.pretrain import pretrained_model
 from lead_fast.offline.scoring import Scores, score_pool

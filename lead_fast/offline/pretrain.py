@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lead_fast.config import PrepareConfig
 from lead_fast.files import atomic_path
-from lead_fast.models import MODEL_SIZES, build_model, save_model
+from lead_fast.loading import MODEL_SIZES, build_model, save_model
 from lead_fast.optimization import Optimization, learning_rate, make_accelerator
 from lead_fast.packing import PLAIN_TEMPLATE, ChatEncoder, Messages, Sample, balanced_fill, pack
 from lead_fast.ranks import Ranks

@@ -10,7 +10,7 @@ import pytest
 import torch
 from host_runs import words_tokenizer
 
-from lead_fast.models import build_model, save_model
+from lead_fast.loading import build_model, save_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
