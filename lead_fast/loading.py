@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +13,11 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from lead_fast.attention import PACKED_ATTENTION
 from lead_fast.models import body_of, causal_lm_of, head_of, text_decoder
+from lead_fast.ranks import Ranks
 from lead_fast.shards import are_sharded, whole_on_first
 
 logger = logging.getLogger(__name__)
@@ -37,8 +39,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 
 
 def load_model(
-    path: str | Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False, quantize: str | None = None
-) -> PreTrainedModel:
+    path: str | Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False, quantize: str | None = None,
+    weights: bool = True,
+) -> PreTrainedModel:  # fmt: skip
     """A causal LM from a model folder or hub name, with packed attention.
 
     Args:
@@ -47,6 +50,7 @@ def load_model(
         device: where it is loaded to.
         trust_remote_code: run code that the folder brings along.
         quantize: "4bit" (nf4, double quantization) or "8bit": the linear layers but the LM head, through bitsandbytes.
+        weights: False leaves what they hold open, and touches no memory for them: another process has them.
 
     Raises:
         ValueError: it is no causal LM whose head the fused loss can serve.
@@ -55,8 +59,14 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantize is not None:
         options |= {"quantization_config": _quantization(quantize, dtype), "device_map": {"": device}}
-    weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
-    with _quiet_loading() if 0 < weights < _QUIET_BYTES else nullcontext():
+    if not weights:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        with no_init_weights():
+            empty: Any = AutoModelForCausalLM.from_config(config, **options)
+        empty.tie_weights()
+        return prepare_model(empty.to(device))
+    num_bytes = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    with _quiet_loading() if 0 < num_bytes < _QUIET_BYTES else nullcontext():
         model: Any = AutoModelForCausalLM.from_pretrained(str(path), **options)
     if quantize is None:
         return prepare_model(model.to(device))
@@ -66,6 +76,24 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return prepare_model(model)
+
+
+def loaded_to_shard(load: Callable[[bool], PreTrainedModel], ranks: Ranks) -> PreTrainedModel:
+    """A model on the host that FSDP is to shard from the first process: no other one holds its weights.
+
+    Args:
+        load: loads it, with weights (True) or without.
+        ranks: the processes, all of which must call this.
+    """
+    model = ranks.on_first(lambda: load(True))
+    dtypes = ranks.gather(None if model is None else [(name, p.dtype) for name, p in model.named_parameters()])[0]
+    if model is None:
+        model = load(False)
+        for (name, parameter), expected in zip(model.named_parameters(), dtypes, strict=True):
+            if name != expected[0]:
+                raise RuntimeError(f"load_model: {name} stands where the first process has {expected[0]}")
+            parameter.data = parameter.data.to(expected[1])  # some models keep a part in fp32
+    return model
 
 
 def _quantization(bits: str, dtype: torch.dtype) -> Any:

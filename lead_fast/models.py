@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lead_fast.attention import COMPILED_LAYER
-from lead_fast.ops import LinearCrossEntropyOutput, Reduction, Stats, linear_cross_entropy
+from lead_fast.ops import LinearCrossEntropyOutput, Reduction, SampleStats, Stats, linear_cross_entropy
 from lead_fast.packing import PackedBatch
 from lead_fast.shards import is_partitioned
 
@@ -213,7 +213,7 @@ class PackedModel(nn.Module):
             self.check()
 
     def check(self) -> None:
-        """Compares it with the model's own forward. FSDP's root must be called for that, see `called_as`."""
+        """Compares it with the model's own forward. Of weights that FSDP has sharded it must be a call of the root module."""
         check_head(self.causal_lm)
         check_packing(self)
         self.checked = True
@@ -274,6 +274,13 @@ class PackedModel(nn.Module):
         out = self.loss(output.last_hidden_state[0], batch, reduction=reduction, num_items=num_items, stats=stats)
         share = 1.0 if num_items is None else batch.num_items / num_items
         return out._replace(loss=out.loss + share * _load_balancing_loss(self.causal_lm, output.router_logits))
+
+    def scored(self, batch: PackedBatch) -> tuple[Tensor, SampleStats]:
+        """Last hidden states [T, H], and each sample's loss."""
+        hidden = self.hidden(batch)
+        samples = self.loss(hidden, batch, stats="loss").samples
+        assert samples is not None
+        return hidden, samples
 
     def loss(
         self,

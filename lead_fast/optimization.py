@@ -20,6 +20,7 @@ from accelerate.tracking import filter_trackers, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from tqdm import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -27,11 +28,11 @@ from lead_fast.config import PrepareConfig
 from lead_fast.device import to_device
 from lead_fast.files import write_text
 from lead_fast.first_order import FirstOrder
-from lead_fast.models import PackedModel, checkpoint_activations, compile_layers, trained_parameters
+from lead_fast.models import PackedModel, checkpoint_activations, compile_layers, forward_replaced, trained_parameters
 from lead_fast.ops import SampleStats
 from lead_fast.packing import PackedBatch, Sample, balanced_fill, fill, pack, split_evenly, without_supervision
 from lead_fast.ranks import Ranks
-from lead_fast.shards import are_sharded
+from lead_fast.shards import are_sharded, keep_output_precision
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +154,16 @@ class StepResult:
     taken: bool = True
 
 
+def is_fsdp(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def shards_from_first(accelerator: Accelerator) -> bool:
+    """FSDP takes the weights from the first process (its `cpu_ram_efficient_loading`, which launchers set by default)."""
+    plugin: Any = accelerator.state.fsdp_plugin if is_fsdp(accelerator) else None
+    return plugin is not None and bool(plugin.cpu_ram_efficient_loading)
+
+
 class Optimization:
     """A model with its AdamW under accelerate: one call is one optimizer step over packed micro-batches.
 
@@ -160,7 +171,8 @@ class Optimization:
     one process which accumulates over them all.
 
     Args:
-        model: a causal LM or a peft model; its parameters with requires_grad are trained.
+        model: a causal LM or a peft model; its parameters with requires_grad are trained. FSDP shards one that is on the host
+            layer by layer, so that no device ever holds it whole.
         accelerator: decides device, precision and processes.
         config: weight decay, gradient clipping, recomputed activations, compilation.
 
@@ -179,18 +191,26 @@ class Optimization:
         if not parameters:
             raise TrainingError("no parameter is trainable: nothing to do")
         optimizer = torch.optim.AdamW(parameters, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
-        packed = PackedModel(model)
+        if is_fsdp(accelerator) and not accelerator.is_fsdp2:
+            raise TrainingError("FSDP version must be 2 (accelerate launch --fsdp_version 2), got 1")
+        packed = PackedModel(model, check=not is_fsdp(accelerator))
         if config.gradient_checkpointing:
             checkpoint_activations(model)
-        if config.compile:
-            compile_layers(model)
-        is_fsdp = accelerator.distributed_type == DistributedType.FSDP
-        if is_fsdp and not accelerator.is_fsdp2:
-            raise TrainingError("FSDP version must be 2 (accelerate launch --fsdp_version 2), got 1")
         self.is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.is_zero:
             _prepare_zero(accelerator, config)
+        if is_fsdp(accelerator):
+            plugin: Any = accelerator.state.fsdp_plugin
+            keep_output_precision(plugin)
+            # Where the launcher says nothing of what is to be wrapped: the layers, one by one, and not all at once.
+            plugin.auto_wrap_policy = plugin.auto_wrap_policy or transformer_auto_wrap_policy
         self.model, self.optimizer = accelerator.prepare(packed, optimizer)
+        if not packed.checked:  # its weights are together only while its root is called
+            with forward_replaced(packed, packed.check):
+                packed()
+            reshard(packed)
+        if config.compile:
+            compile_layers(model)
         self.model.train()
 
     @property
@@ -282,6 +302,11 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def scoring_model(model: nn.Module, accelerator: Accelerator, config: PrepareConfig) -> PackedModel:
+    """A packed model for forward passes, sharded where training would shard it."""
+    return Optimization(model, accelerator, config).packed if is_fsdp(accelerator) else PackedModel(model)
 
 
 def _prepare_zero(accelerator: Accelerator, config: PrepareConfig) -> None:

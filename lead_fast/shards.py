@@ -5,6 +5,7 @@ DeepSpeed is imported only where a weight is its own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,13 @@ def are_sharded(tensors: Iterable[Tensor]) -> bool:
 
 def whole_shape(tensor: Any) -> torch.Size:
     return torch.Size(tensor.ds_shape) if is_partitioned(tensor) else tensor.shape
+
+
+def keep_output_precision(fsdp_plugin: Any) -> None:
+    """Has FSDP return what a model computes as it is: accelerate's mixed precision would round losses and gradient norms."""
+    policy = fsdp_plugin.mixed_precision_policy
+    if getattr(policy, "output_dtype", None) is not None:
+        fsdp_plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
 
 def own_part(tensor: Any) -> Tensor:

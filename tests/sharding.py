@@ -26,15 +26,17 @@ def launch(rank, world, port):
                       LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1")  # fmt: skip
 
 
-def tell_fsdp2(efficient=True):
+def tell_fsdp2(efficient=True, wrap="transformer_based_wrap", precision=None):
     """accelerate's state, set up for several CPU processes, is told that they are accelerators which shard by FSDP2.
 
-    `efficient`: the launcher's default.
+    `efficient`: the launcher's default. `wrap`: None is its default. `precision`: mixed, as accelerate then sets it.
     """
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        cpu_ram_efficient_loading=efficient, reshard_after_forward=True,
+        fsdp_version=2, auto_wrap_policy=wrap, cpu_ram_efficient_loading=efficient, reshard_after_forward=True,
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"] if wrap else None,
     )  # fmt: skip
+    if precision is not None:
+        plugin.set_mixed_precision(precision)
     for state in (PartialState, AcceleratorState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin

@@ -17,17 +17,22 @@ import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType
 from accelerate.utils import FullyShardedDataParallelPlugin
+from safetensors.numpy import load_file as load_scores
 from safetensors.torch import load_file
 from sharding import free_port, launch, tell_fsdp2, tell_zero
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 import lead_fast as lf
 from lead_fast.checkpoint import FOREIGN, Checkpoints
+from lead_fast.cli import main
 from lead_fast.config import TrainConfig
+from lead_fast.demo_pool import demo_rows
+from lead_fast.files import read_jsonl, write_jsonl
 from lead_fast.interrupts import StopSignals
 from lead_fast.loading import build_model, save_model
 from lead_fast.lora import add_lora
-from lead_fast.models import trained_parameters
+from lead_fast.models import PackedModel, trained_parameters
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization, TrainingError, evaluate, make_accelerator
 from lead_fast.packing import ChatEncoder, pack
@@ -189,3 +194,87 @@ def test_the_first_version_of_fsdp_is_refused():
     finally:
         AcceleratorState._shared_state.clear()
         AcceleratorState._shared_state.update(kept)
+
+
+def half_main(rank, world, port, folder):
+    """Steps in bf16, whose statistics are not."""
+    launch(rank, world, port)
+    config = TrainConfig(learning_rate=1e-2, precision="bf16")
+    accelerator = make_accelerator(config)
+    tell_fsdp2(precision="bf16")
+    model, _, samples = make_model("full")
+    optimization = Optimization(model, accelerator, config)
+    losses, seen = train(optimization, samples, STEPS)
+    torch.save({"losses": losses, "seen": seen}, f"{folder}/half{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_statistics_of_shards_in_half_precision_are_not_rounded(tmp_path):
+    model, _, samples = make_model("full")
+    losses, seen = train(Optimization(model, make_accelerator(CONFIG), CONFIG), samples, STEPS)
+    mp.spawn(half_main, (2, free_port(), str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        got = torch.load(tmp_path / f"half{rank}.pt", weights_only=True)
+        torch.testing.assert_close(got["losses"], losses, rtol=2e-2, atol=0)
+        values = torch.tensor([*got["losses"], *got["seen"].values()])
+        assert (values != values.bfloat16()).float().mean() > 0.8
+        for row, value in got["seen"].items():
+            assert value == pytest.approx(seen[row], rel=0.2)
+
+
+def run_main(rank, world, port, folder, tuning, efficient):
+    """`lead-fast train` from a raw pool, in one of several processes that shard."""
+    launch(rank, world, port)
+    make_accelerator(CONFIG)
+    tell_fsdp2(efficient, wrap=None)
+    if efficient and rank:  # nothing is read where the first process's weights are taken
+
+        def refuse(*_, **__):
+            raise AssertionError("this process must not load the model")
+
+        AutoModelForCausalLM.from_pretrained = refuse
+    held = []
+    check = PackedModel.check
+
+    def watch(self):
+        """Once sharded, the layers are units of their own, and each process holds its half."""
+        parameters = list(self.model.parameters())
+        layers = [m for m in self.model.modules() if type(m).__name__ == "FSDPLlamaDecoderLayer"]
+        held.append((len(layers), sum(own_part(p).numel() for p in parameters) / sum(p.numel() for p in parameters)))
+        check(self)
+
+    PackedModel.check = watch
+    options = ["--tuning", tuning, "--accumulation", "1", *RUN]
+    assert (
+        main(["train", "--pool", f"{folder}/pool.jsonl", "--model", f"{folder}/base", "--out", f"{folder}/sharded", *options])
+        == 0
+    )
+    assert len(held) == 3 and all(layers == 4 and share == pytest.approx(0.5, abs=0.1) for layers, share in held), held
+
+
+RUN = [
+    "--max-length", "128", "--step-tokens", "128", "--pack-tokens", "256", "--budget", "8", "--min-rounds", "2",
+    "--num-arms", "2", "--tasks-per-arm", "2", "--warmup-share", "0.1", "--preset", "paper", "--learning-rate", "1e-3",
+    "--checkpoint-rounds", "2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tuning", "efficient"), [("lora", True), ("full", False)])
+def test_a_run_that_shards_is_a_run_of_one_process(tuning, efficient, tmp_path, monkeypatch):
+    """Warm-up, scoring and training, of a model that no process but the first, on its host, ever has whole."""
+    monkeypatch.setenv("LEAD_FAST_CACHE", str(tmp_path / "cache"))
+    tokenizer = train_tokenizer([m["content"] for row in demo_rows(31, seed=1) for m in row["messages"]], 400)
+    save_model(build_model("tiny", tokenizer, seed=0, device=torch.device("cpu")), tokenizer, tmp_path / "base")
+    write_jsonl(tmp_path / "pool.jsonl", demo_rows(31, seed=1))
+    torch.set_num_threads(1)
+    one = ["train", "--pool", str(tmp_path / "pool.jsonl"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / "one")]
+    assert main([*one, "--tuning", tuning, "--accumulation", "2", *RUN]) == 0
+    mp.spawn(run_main, (2, free_port(), str(tmp_path), tuning, efficient), nprocs=2)
+    scores = [load_scores(tmp_path / name / "prepared" / "scores" / "scores.safetensors") for name in ("one", "sharded")]
+    for name, expected in scores[0].items():
+        np.testing.assert_allclose(scores[1][name], expected, rtol=2e-3, atol=2e-3, err_msg=name)
+    expected, got = (read_jsonl(tmp_path / name / "selected.jsonl") for name in ("one", "sharded"))
+    assert [line["row"] for line in got] == [line["row"] for line in expected]
+    weights = [load_file(next((tmp_path / name / "model").glob("*.safetensors"))) for name in ("one", "sharded")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)

@@ -45,6 +45,7 @@ from lead_fast.ops import LinearCrossEntropyOutput
 from lead_fast.packing import CutCounts, PackedBatch, Sample
 from lead_fast.pool import Pool
 from lead_fast.ranks import Ranks
+from lead_fast.shards import keep_output_precision
 
 _Host = Trainer if TYPE_CHECKING else object
 
@@ -71,6 +72,8 @@ class LeadRounds(_Host):
         self._attention = AttentionSwitch(causal_lm_of(model))
         with self._attention.on():
             self._packed = PackedModel(model)  # pyright: ignore[reportArgumentType]
+        if self.is_fsdp_enabled:
+            keep_output_precision(self.accelerator.state.fsdp_plugin)
         args, self._ranks = self.args, Ranks.started(self.args.device)
         plugin: Any = self.accelerator.state.dynamo_plugin
         if plugin.backend != DynamoBackend.NO and not args.torch_compile:

@@ -24,14 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lead_fast.config import LeadConfig, PrepareConfig
 from lead_fast.files import atomic_path, read_jsonl, write_json, write_jsonl, write_text
-from lead_fast.loading import check_length, load_model, load_tokenizer, save_model
+from lead_fast.loading import check_length, load_model, load_tokenizer, loaded_to_shard, save_model
 from lead_fast.lora import add_lora, load_lora
-from lead_fast.models import PackedModel
 from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.pretrain import pretrained_model
 from lead_fast.offline.scoring import Scores, score_pool
 from lead_fast.offline.warmup import warm_up
-from lead_fast.optimization import make_accelerator
+from lead_fast.optimization import is_fsdp, make_accelerator, scoring_model, shards_from_first
 from lead_fast.packing import ChatEncoder, ConversationError, CutCounts
 from lead_fast.pool import Pool
 from lead_fast.ranks import Ranks
@@ -82,9 +81,17 @@ def load_base(path: str, config: PrepareConfig) -> PreTrainedModel:
     accelerator = make_accelerator(config)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(accelerator.mixed_precision))
     dtype = half if half is not None and config.tuning == "lora" else torch.float32
-    model = load_model(
-        path, dtype=dtype, device=accelerator.device, trust_remote_code=config.trust_remote_code, quantize=config.quantize
-    )
+    # What FSDP is to shard stays on the host until then; quantized weights go to their device at once.
+    on_host = is_fsdp(accelerator) and config.quantize is None
+
+    def load(weights: bool) -> PreTrainedModel:
+        return load_model(
+            path, dtype=dtype, device=torch.device("cpu") if on_host else accelerator.device,
+            trust_remote_code=config.trust_remote_code, quantize=config.quantize, weights=weights,
+        )  # fmt: skip
+
+    from_first = on_host and shards_from_first(accelerator)
+    model = loaded_to_shard(load, Ranks.started(accelerator.device)) if from_first else load(True)
     check_length(model, config.max_length)
     return model
 
@@ -283,11 +290,12 @@ def _score(
         accelerator, ranks = make_accelerator(config), stages.ranks
         encoder.cuts = type(encoder.cuts)(max_length=config.max_length)
         rows = np.arange(ranks.number, len(pool), ranks.world)
-        packed = PackedModel(model)
+        packed = scoring_model(model, accelerator, config)
         with stages.write("scores", key) as (folder, notes):
             own = score_pool(
                 packed, encoder.encode(pool.iter_messages(rows)), len(rows), pack_tokens=config.pack_tokens,
                 device=accelerator.device, seed=seed, quiet=not ranks.is_first, autocast=lambda: accelerator.autocast(),
+                together=ranks if is_fsdp(accelerator) else None,
             )  # fmt: skip
             shares = ranks.gather((own, encoder.cuts))
             scores = Scores.merge([share for share, _ in shares])

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lead_fast.models import PackedModel
+from lead_fast.models import PackedModel, forward_replaced
 from lead_fast.packing import PackedBatch, Sample, pack
+from lead_fast.ranks import Ranks
 
 EMBEDDING_SIZE = 128
 # Below this mean nll (nats) the answer alone is known by heart and its ratio says nothing: D = 1.
 _ALONE_FLOOR = 1e-3
+_IDLE = [Sample(np.zeros(2, np.int64), np.array([False, True]), np.ones(2, bool))]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Scores:
 @torch.no_grad()
 def score_pool(
     model: PackedModel, samples: Iterable[Sample], num_rows: int, *, pack_tokens: int, device: torch.device, seed: int,
-    quiet: bool = False, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    quiet: bool = False, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext, together: Ranks | None = None,
 ) -> Scores:  # fmt: skip
     """Scores every sample; each brings two sequences into the same batch, [prompt answer] and [answer].
 
@@ -65,6 +67,7 @@ def score_pool(
         seed: of the embedding's projection.
         quiet: no bar.
         autocast: the precision that training has.
+        together: the processes that hold shards of the model, each of which must take part in every forward pass.
     """
     model.eval()
     size = model.causal_lm.config.get_text_config().hidden_size
@@ -72,12 +75,13 @@ def score_pool(
     projection = torch.randn(size, EMBEDDING_SIZE, generator=generator).to(device) / EMBEDDING_SIZE**0.5
     utility, alone, num_tokens, embedding, tokens = [], [], [], [], 0
     with tqdm(total=num_rows, desc="scoring the pool", unit="row", delay=2, disable=quiet) as bar:
-        for pairs in _paired_batches(samples, pack_tokens):
-            batch = pack(pairs).to(device)
-            with autocast():
-                hidden = model.hidden(batch)
-                samples_out = model.loss(hidden, batch, stats="loss").samples
-            assert samples_out is not None
+        for pairs in _taking_part(_paired_batches(samples, pack_tokens), together):
+            batch = pack(pairs or _IDLE).to(device)
+            # As a call of the whole model: what shards weights gathers them for that.
+            with autocast(), forward_replaced(model, model.scored):
+                hidden, samples_out = model(batch)
+            if pairs is None:
+                continue
             # A sample cut so far that no answer token is left has no loss: NaN, and the row is set aside.
             loss = torch.where(samples_out.num_tokens > 0, samples_out.loss, torch.nan).float().cpu()
             utility.append(loss[0::2])
@@ -90,6 +94,18 @@ def score_pool(
     embedding.append(torch.zeros(0, EMBEDDING_SIZE, dtype=torch.half))
     difficulty = torch.where(second <= _ALONE_FLOOR, 1.0, first / second.clamp_min(_ALONE_FLOOR))
     return Scores(first.numpy(), difficulty.numpy(), np.array(num_tokens, np.int32), torch.cat(embedding).numpy(), tokens)
+
+
+def _taking_part(batches: Iterator[list[Sample]], together: Ranks | None) -> Iterator[list[Sample] | None]:
+    """The batches, and then None as long as another process has one."""
+    if together is None:
+        yield from batches
+        return
+    while True:
+        batch = next(batches, None)
+        if not together.any(batch is not None):
+            return
+        yield batch
 
 
 def _paired_batches(samples: Iterable[Sample], capacity: int) -> Iterator[list[Sample]]:
