@@ -207,7 +207,7 @@ class TrainConfig(PrepareConfig):
     schedule: str = option("cosine", "learning rate over progress", choices=("constant", "linear", "cosine"))
     warmup_ratio: float = option(0.03, "share of progress with a rising learning rate")
     checkpoint_minutes: float = option(
-        10.0, "write a checkpoint after so many minutes, with one process inside a round too (0: not by time)"
+        10.0, "write a checkpoint after so many minutes, inside a round too (0: not by time)"
     )
     checkpoint_rounds: int = option(0, "write a checkpoint after so many rounds, whichever comes first (0: not by rounds)")
     report_to: str | None = option(
