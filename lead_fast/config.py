@@ -206,9 +206,7 @@ class TrainConfig(PrepareConfig):
     train_tokens: int | None = option(None, "stop at so many trained tokens, whatever the budget")
     schedule: str = option("cosine", "learning rate over progress", choices=("constant", "linear", "cosine"))
     warmup_ratio: float = option(0.03, "share of progress with a rising learning rate")
-    checkpoint_minutes: float = option(
-        10.0, "write a checkpoint after so many minutes, inside a round too (0: not by time)"
-    )
+    checkpoint_minutes: float = option(10.0, "write a checkpoint after so many minutes, inside a round too (0: not by time)")
     checkpoint_rounds: int = option(0, "write a checkpoint after so many rounds, whichever comes first (0: not by rounds)")
     report_to: str | None = option(
         None, "trackers that get the metrics of each step and round, by accelerate: tensorboard, wandb, trackio, ...; "

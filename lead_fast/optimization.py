@@ -68,7 +68,7 @@ def make_accelerator(config: PrepareConfig) -> Accelerator:
         mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers,
         cpu=launched > 1 and not torch.accelerator.is_available(),  # else accelerate sees no processes on a CPU
     )  # fmt: skip
-    if zero:  # else transformers has ZeRO 3 shard a model while it is loaded; the offline stages compute with it before
+    if zero:  # what is built here is built whole; `partitioned` is for what is loaded
         unset_hf_deepspeed_config()
     if accelerator.num_processes != launched:
         raise TrainingError(f"{launched} processes were started, and accelerate trains with {accelerator.num_processes}")
@@ -156,6 +156,26 @@ class StepResult:
 
 def is_fsdp(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def shards_weights(accelerator: Accelerator) -> bool:
+    """The weights are sharded, by FSDP or ZeRO 3."""
+    zero: Any = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    return is_fsdp(accelerator) or (zero is not None and zero.zero_stage == 3)
+
+
+@contextmanager
+def partitioned(accelerator: Accelerator) -> Iterator[None]:
+    """Within, transformers has ZeRO 3 shard a model while it is loaded; nothing changes for anything else."""
+    if not shards_weights(accelerator) or is_fsdp(accelerator):
+        yield
+        return
+    plugin: Any = accelerator.state.deepspeed_plugin
+    plugin.set_deepspeed_weakref()
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
 
 
 def shards_from_first(accelerator: Accelerator) -> bool:
@@ -306,7 +326,7 @@ def reshard(model: nn.Module) -> None:
 
 def scoring_model(model: nn.Module, accelerator: Accelerator, config: PrepareConfig) -> PackedModel:
     """A packed model for forward passes, sharded where training would shard it."""
-    return Optimization(model, accelerator, config).packed if is_fsdp(accelerator) else PackedModel(model)
+    return Optimization(model, accelerator, config).packed if shards_weights(accelerator) else PackedModel(model)
 
 
 def _prepare_zero(accelerator: Accelerator, config: PrepareConfig) -> None:

@@ -38,7 +38,7 @@ from lead_fast.optimization import Optimization, TrainingError, evaluate, make_a
 from lead_fast.packing import ChatEncoder, pack
 from lead_fast.pool import Pool
 from lead_fast.resume import Checkpointer, RoundLog
-from lead_fast.shards import own_part
+from lead_fast.shards import own_part, whole_shape
 from lead_fast.signals import Signals
 from lead_fast.trainer import TrainingRun, attach
 from lead_fast.training_state import TrainingState, frozen_digest
@@ -222,12 +222,15 @@ def test_statistics_of_shards_in_half_precision_are_not_rounded(tmp_path):
             assert value == pytest.approx(seen[row], rel=0.2)
 
 
-def run_main(rank, world, port, folder, tuning, efficient):
+def run_main(rank, world, port, folder, tuning, kind):
     """`lead-fast train` from a raw pool, in one of several processes that shard."""
     launch(rank, world, port)
-    make_accelerator(CONFIG)
-    tell_fsdp2(efficient, wrap=None)
-    if efficient and rank:  # nothing is read where the first process's weights are taken
+    if kind == "zero3":
+        sharding_accelerator(kind, rank, world)
+    else:
+        make_accelerator(CONFIG)
+        tell_fsdp2(kind == "fsdp2", wrap=None)
+    if kind == "fsdp2" and rank:  # nothing is read where the first process's weights are taken
 
         def refuse(*_, **__):
             raise AssertionError("this process must not load the model")
@@ -240,7 +243,8 @@ def run_main(rank, world, port, folder, tuning, efficient):
         """Once sharded, the layers are units of their own, and each process holds its half."""
         parameters = list(self.model.parameters())
         layers = [m for m in self.model.modules() if type(m).__name__ == "FSDPLlamaDecoderLayer"]
-        held.append((len(layers), sum(own_part(p).numel() for p in parameters) / sum(p.numel() for p in parameters)))
+        whole = sum(whole_shape(p).numel() for p in parameters)
+        held.append((len(layers), sum(own_part(p).numel() for p in parameters) / whole))
         check(self)
 
     PackedModel.check = watch
@@ -249,7 +253,9 @@ def run_main(rank, world, port, folder, tuning, efficient):
         main(["train", "--pool", f"{folder}/pool.jsonl", "--model", f"{folder}/base", "--out", f"{folder}/sharded", *options])
         == 0
     )
-    assert len(held) == 3 and all(layers == 4 and share == pytest.approx(0.5, abs=0.1) for layers, share in held), held
+    assert len(held) == 3 and all(
+        layers == (0 if kind == "zero3" else 4) and share == pytest.approx(0.5, abs=0.1) for layers, share in held
+    ), held
 
 
 RUN = [
@@ -259,9 +265,13 @@ RUN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("tuning", "efficient"), [("lora", True), ("full", False)])
-def test_a_run_that_shards_is_a_run_of_one_process(tuning, efficient, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "tuning"), [("fsdp2", "lora"), ("fsdp2, all load", "full"), ("zero3", "lora"), ("zero3", "full")]
+)
+def test_a_run_that_shards_is_a_run_of_one_process(kind, tuning, tmp_path, monkeypatch):
     """Warm-up, scoring and training, of a model that no process but the first, on its host, ever has whole."""
+    if kind == "zero3":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed: no ZeRO")
     monkeypatch.setenv("LEAD_FAST_CACHE", str(tmp_path / "cache"))
     tokenizer = train_tokenizer([m["content"] for row in demo_rows(31, seed=1) for m in row["messages"]], 400)
     save_model(build_model("tiny", tokenizer, seed=0, device=torch.device("cpu")), tokenizer, tmp_path / "base")
@@ -269,7 +279,7 @@ def test_a_run_that_shards_is_a_run_of_one_process(tuning, efficient, tmp_path, 
     torch.set_num_threads(1)
     one = ["train", "--pool", str(tmp_path / "pool.jsonl"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / "one")]
     assert main([*one, "--tuning", tuning, "--accumulation", "2", *RUN]) == 0
-    mp.spawn(run_main, (2, free_port(), str(tmp_path), tuning, efficient), nprocs=2)
+    mp.spawn(run_main, (2, free_port(), str(tmp_path), tuning, kind), nprocs=2)
     scores = [load_scores(tmp_path / name / "prepared" / "scores" / "scores.safetensors") for name in ("one", "sharded")]
     for name, expected in scores[0].items():
         np.testing.assert_allclose(scores[1][name], expected, rtol=2e-3, atol=2e-3, err_msg=name)

@@ -30,7 +30,7 @@ from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.pretrain import pretrained_model
 from lead_fast.offline.scoring import Scores, score_pool
 from lead_fast.offline.warmup import warm_up
-from lead_fast.optimization import is_fsdp, make_accelerator, scoring_model, shards_from_first
+from lead_fast.optimization import is_fsdp, make_accelerator, partitioned, scoring_model, shards_from_first, shards_weights
 from lead_fast.packing import ChatEncoder, ConversationError, CutCounts
 from lead_fast.pool import Pool
 from lead_fast.ranks import Ranks
@@ -91,7 +91,8 @@ def load_base(path: str, config: PrepareConfig) -> PreTrainedModel:
         )  # fmt: skip
 
     from_first = on_host and shards_from_first(accelerator)
-    model = loaded_to_shard(load, Ranks.started(accelerator.device)) if from_first else load(True)
+    with partitioned(accelerator):
+        model = loaded_to_shard(load, Ranks.started(accelerator.device)) if from_first else load(True)
     check_length(model, config.max_length)
     return model
 
@@ -295,7 +296,7 @@ def _score(
             own = score_pool(
                 packed, encoder.encode(pool.iter_messages(rows)), len(rows), pack_tokens=config.pack_tokens,
                 device=accelerator.device, seed=seed, quiet=not ranks.is_first, autocast=lambda: accelerator.autocast(),
-                together=ranks if is_fsdp(accelerator) else None,
+                together=ranks if shards_weights(accelerator) else None,
             )  # fmt: skip
             shares = ranks.gather((own, encoder.cuts))
             scores = Scores.merge([share for share, _ in shares])
