@@ -54,6 +54,7 @@ from lead_fast.utility import (
     observed,
     utility,
 )
+from lead_fast.visits import Record
 
 logger = logging.getLogger(__name__)
 
@@ -304,21 +305,25 @@ class LeadEngine:
         now, steps = None, clocks.num_steps
         if step != steps:  # of a round that went on since
             now, clocks.num_steps = torch.full((1,), step, device=self.device), step
+        # Recorded first: a hook may learn from what is then no prediction any more.
+        record = self._record(rows, loss) if self.record_visits else None
         if self._hooked:
             self._show(rows, loss, num_tokens)
-        before = self._record(rows, loss) if self.record_visits else None
         try:
             torch.ops.lead_fast.observe(
                 rows, loss, num_tokens, grad_norm_sq, now, table.position, table.arm, table.values, table.seen, table.flags,
                 table.left, clocks.counters, clocks.clock, clocks.unit, *self._pair_state, self.config.adam_beta1,
-                self.config.max_uses, self.groups.num_choosable, before,
+                self.config.max_uses, self.groups.num_choosable, None if record is None else record["before"],
             )  # fmt: skip
         except RuntimeError as error:  # what compiled kernels raise for a row number out of range
             raise ValueError(f"LeadEngine.{error}") from error
-        clocks.num_steps = steps
+        finally:
+            clocks.num_steps = steps
+        if record is not None:
+            self._at.visits.append(record)
 
-    def _record(self, rows: Tensor, loss: Tensor) -> Tensor:
-        """Opens the record of a micro-batch: what `observe` is to write what stood of its rows before."""
+    def _record(self, rows: Tensor, loss: Tensor) -> Record:
+        """The record of a micro-batch, in which `observe` is to write what stood of its rows before."""
         before = torch.empty(BEFORE_DROP + 1, len(rows), dtype=torch.float64, device=self.device)
         record = {"before": before, "observed": loss.clone()}  # the caller may fill its buffer again
         others = {name: e for name, e in self.estimators.items() if name != self._paired}
@@ -326,8 +331,7 @@ class LeadEngine:
             in_pool = (rows >= 0) & (rows < len(self.pool))
             at = self.table.position[torch.where(in_pool, rows, 0)].long()
             record |= {name: estimator.drop(self.table, self.clocks, at) for name, estimator in others.items()}
-        self._at.visits.append(record)
-        return before
+        return record
 
     def _show(self, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> None:
         """Hands a micro-batch to hooks, before the table takes it."""

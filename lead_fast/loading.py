@@ -143,8 +143,11 @@ def check_length(model: PreTrainedModel, max_length: int) -> None:
     rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     # Of a model whose layers differ, one of each kind of layer.
     for kind in rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]:
-        original = kind.get("original_max_position_embeddings", getattr(config, "original_max_position_embeddings", limit))
-        if kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic") and original and max_length > original:
+        form, original = kind.get("rope_type", kind.get("type")), limit
+        if form == "longrope":
+            trained = kind.get("original_max_position_embeddings")
+            original = trained or getattr(config, "original_max_position_embeddings", None) or limit
+        if form in ("longrope", "dynamic") and original and max_length > original:
             raise ValueError(
                 f"max_length: expected at most {original} for {name}, whose rotary embeddings change for all samples of a "
                 f"batch where one is longer, got {max_length}"

@@ -21,10 +21,16 @@ _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers of a model's text decoder, routers apart: what the default adapts."""
+    """Names of the linear layers of a model's text decoder, routers apart: what the default adapts.
+
+    Experts that are kept as one parameter are no layers.
+    """
+    return sorted({path[-1] for path in _linear_paths(model) if not _ROUTERS.intersection(path)})
+
+
+def _linear_paths(model: PreTrainedModel) -> list[list[str]]:
     modules = text_decoder(model).named_modules()
-    names = {name.rsplit(".", 1)[-1] for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
-    return sorted(names - _ROUTERS)
+    return [name.split(".") for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
 
 
 def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, seed: int, targets: Sequence[str] | None = None) -> nn.Module:
@@ -45,6 +51,7 @@ def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, seed: int, targ
     names = there if targets is None else list(targets)
     if unknown := sorted(set(names) - set(there)):
         raise ValueError(f"lora_targets: expected some of {', '.join(there)}, got {', '.join(unknown)}")
+    has_routers = any(_ROUTERS.intersection(path) for path in _linear_paths(model))
     logger.info("LoRA of rank %d on %s", rank, ", ".join(names))
     chosen: list[str] | str = names
     if (decoder := text_decoder(model)) is not body_of(model):  # other parts have layers of the same names
@@ -53,7 +60,13 @@ def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, seed: int, targ
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # peft scales by alpha / r; its annotation asks for an int, its code does not.
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
+            target_modules=chosen,
+            exclude_modules=rf"(.*\.)?({'|'.join(sorted(_ROUTERS))})(\..*)?" if has_routers else None,
+            task_type="CAUSAL_LM",
+        )
         return get_peft_model(model, config)
 
 

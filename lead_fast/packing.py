@@ -93,7 +93,7 @@ class ChatEncoder:
     Args:
         tokenizer: a fast tokenizer; one without a chat template gets `PLAIN_TEMPLATE`.
         max_length: tokens of a sample. A longer one loses prompt tokens from the left (after BOS), those of later turns
-            after those of earlier ones, then the end of the last answers; never an assistant's header.
+            after those of earlier ones, then its end: the last answers, with their headers.
         date: what a template that writes the date takes for today; None is today.
 
     Raises:
@@ -127,6 +127,9 @@ class ChatEncoder:
         first = 0
         for chunk in _chunks(conversations, batch_size):
             rendered = list(self._rendered(chunk, first, errors))
+            first += len(chunk)
+            if not rendered:
+                continue
             encoded = self.tokenizer(
                 [text for _, text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True,
                 return_attention_mask=False,
@@ -142,7 +145,6 @@ class ChatEncoder:
                 sample = self._cut(sample)
                 self.cuts.add(sample)
                 yield sample
-            first += len(chunk)
 
     def _rendered(
         self, conversations: Sequence[Messages], first: int, errors: list[ConversationError] | None

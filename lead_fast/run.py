@@ -23,7 +23,7 @@ from lead_fast.doctor import made_with
 from lead_fast.engine import LeadEngine
 from lead_fast.files import atomic_path, remove_leftovers, write_json, write_jsonl, write_text
 from lead_fast.interrupts import StopSignals
-from lead_fast.loading import save_model
+from lead_fast.loading import load_tokenizer, save_model
 from lead_fast.metrics import TRAINING_PARTS, peak_mib, tracked, write_candidates
 from lead_fast.offline.prepare import PREPARED_FILE, Prepared, encoded_rows, load_prepared, prepare
 from lead_fast.optimization import Optimization, check_trackers, evaluate, finished_trackers, make_accelerator, start_trackers
@@ -206,10 +206,9 @@ def _train(
     options = to_yaml(config, lead.resolve())
     if isinstance(inputs, Prepared):
         # The kind of model decides the default learning rate.
-        prepared, config = inputs, dataclasses.replace(config, model_config=inputs.summary["model_config"])
-    else:
-        prepared = prepare(inputs, config, lead, folder / "prepared")
-
+        config = dataclasses.replace(config, model_config=inputs.summary["model_config"])
+    check_heldout(heldout, inputs, config, lead.seed)
+    prepared = inputs if isinstance(inputs, Prepared) else prepare(inputs, config, lead, folder / "prepared")
     encoder = prepared.encoder(config)
     accelerator = make_accelerator(config)
     ranks = Ranks.started(accelerator.device)
@@ -339,16 +338,37 @@ def _newest(checkpoints: Checkpoints, folder: Path) -> Checkpoint | None:
     return checkpoint
 
 
+def scored_rows(heldout: Pool, config: TrainConfig, seed: int) -> np.ndarray:
+    """The rows of the held-out set that are scored: all, or `heldout_rows` random ones."""
+    if not config.heldout_rows or len(heldout) <= config.heldout_rows:
+        return np.arange(len(heldout))
+    return np.sort(np.random.default_rng([seed, 3]).permutation(len(heldout))[: config.heldout_rows])
+
+
+def check_heldout(heldout: Pool | None, inputs: Prepared | Pool, config: TrainConfig, seed: int) -> None:
+    """Renders the held-out rows once, before hours of preparation.
+
+    Raises:
+        ValueError: one that the chat template refuses. A tokenizer that is yet to be trained has a template that refuses none.
+    """
+    if heldout is None or (isinstance(inputs, Pool) and config.model is None):
+        return
+    if isinstance(inputs, Prepared):
+        encoder = inputs.encoder(config)
+    else:
+        tokenizer = load_tokenizer(str(config.model), trust_remote_code=config.trust_remote_code)
+        encoder = ChatEncoder(tokenizer, config.max_length)
+    encoded_rows(encoder, heldout, scored_rows(heldout, config, seed), name="heldout")
+
+
 def heldout_scorer(
     optimization: Optimization, encoder: ChatEncoder, heldout: Pool | None, config: TrainConfig, seed: int
 ) -> Callable[[], dict[str, Any]] | None:
     """A function that scores the held-out rows now: mean over samples and over tokens, and by source."""
     if heldout is None:
         return None
-    rows = np.arange(len(heldout))
-    if config.heldout_rows and len(heldout) > config.heldout_rows:
-        rows = np.sort(np.random.default_rng([seed, 3]).permutation(len(heldout))[: config.heldout_rows])
-    samples: list[Sample] = encoded_rows(encoder, heldout, rows)
+    rows = scored_rows(heldout, config, seed)
+    samples: list[Sample] = encoded_rows(encoder, heldout, rows, name="heldout")
     tokens = torch.tensor([float(s.supervised[1:].sum()) for s in samples])
 
     def score() -> dict[str, Any]:

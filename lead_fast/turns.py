@@ -9,7 +9,6 @@ where the two renderings part, and ends with as much as earlier and last turns e
 from __future__ import annotations
 
 import datetime
-import os.path
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,10 +23,9 @@ Messages = list[dict[str, str]]
 _render_marked: Any = render_jinja_template
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-_THOUGHT = "</think>"  # what templates may leave out of earlier turns ends with it
-_NOWHERE = (-1, -1)
+_TODAY = re.compile(r"\bstrftime_now\b")
 _WINDOW = 200  # characters that are tokenized to find where a token begins
+_STAND_INS = ("\u27ealead-fast\u27eb", "\u27e6lead-fast\u27e7", "\u29fclead-fast\u29fd")  # in the place of a message's text
 
 
 class Turn(NamedTuple):
@@ -50,7 +48,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: datetime.date) -> None:
         template = tokenizer.get_chat_template()
         self.tokenizer, self.is_marked = tokenizer, _MARKER.search(template) is not None
-        self.text = _TODAY.sub(lambda call: repr(date.strftime(call[2])), template)
+        self.text = _of_one_day(template, date) if _TODAY.search(template) else template
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation.
@@ -66,6 +64,14 @@ class ChatTemplate:
             raise _refused(messages, error) from error
         assert isinstance(text, str)
         return text
+
+    def refusal(self, messages: Messages) -> str | None:
+        """Why the template cannot render a conversation; None where it can."""
+        try:
+            self.render(messages)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def turns(self, messages: Messages) -> tuple[str, list[Turn]]:
         """The text up to the end of the last answer, and the assistant's turns in it.
@@ -86,61 +92,82 @@ class ChatTemplate:
                 [messages], chat_template=self.text, return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map
             )
         except TemplateError as error:
-            raise ValueError(
-                f"the chat template refuses the conversation {messages[0]['content'][:60]!r}...: {error}"
-            ) from error
+            raise _refused(messages, error) from error
         text, spans = texts[0], [(start, end) for start, end in marks[0] if start < end]
         if not spans:
             raise ValueError("the chat template must mark the assistant's turns (`generation`), got no mark")
         if len(spans) != len(answers):  # of a turn in parts, who asks for which is not known
             return text, [Turn(start, start, end) for start, end in spans]
-        turns = list[Turn]()
-        for i, (start, end) in zip(answers, spans, strict=True):
-            turns.append(Turn(self._header(messages[:i], text, start, turns), start, end))
+        turns = [
+            Turn(self._header(messages, i, text, start), start, end) for i, (start, end) in zip(answers, spans, strict=True)
+        ]
         return text, turns
 
     def _located(self, messages: Messages, answers: Sequence[int]) -> tuple[str, list[Turn]]:
         text, turns = self.render(messages), list[Turn]()
         for i in answers:
-            prompt = self.render(messages[:i], add_generation_prompt=True) if i else ""
-            is_last = i == answers[-1]
+            prompt, is_last = self._prompt(messages[:i]), i == answers[-1]
             through = text if is_last else self.render(messages[: i + 1])
-            if text.startswith(prompt) and text.startswith(through.rstrip()):
+            if prompt is not None and text.startswith(prompt) and text.startswith(through.rstrip()):
                 start, end = len(prompt), len(through.rstrip() if is_last else through)
             else:
                 start, end = self._parted(messages, i, text, prompt, through)
-            turns.append(Turn(self._header(messages[:i], text, start, turns), start, max(start, end)))
+            turns.append(Turn(self._header(messages, i, text, start), start, max(start, end)))
         return text, turns
 
-    def _parted(self, messages: Messages, i: int, text: str, prompt: str, through: str) -> tuple[int, int]:
+    def _prompt(self, messages: Messages) -> str | None:
+        """What asks for the answer after `messages`; None where the template asks for none without a message."""
+        try:
+            return self.render(messages, add_generation_prompt=True)
+        except ValueError:
+            if messages:
+                raise
+            return None
+
+    def _parted(self, messages: Messages, i: int, text: str, prompt: str | None, through: str) -> tuple[int, int]:
         """Start and end of answer `i`, where renderings up to it are no prefixes of the conversation."""
-        start = self._shared(text, prompt)
-        begin, end = _find(messages[i]["content"], text, start)
-        asked = messages[i - 1]["content"] if i else ""
-        begins_too_early = _find(asked, text[:start], 0) == _NOWHERE and _find(asked, prompt, 0) != _NOWHERE
-        if begin < 0 or begins_too_early or text[start:begin] not in through:
-            raise ValueError(
-                "the chat template rewrites earlier turns, so assistant turns cannot be located; "
-                f"expected a prefix of the conversation up to turn {i}"
-            )
+        start, end = self._content(messages, i, text)
+        if i:
+            start = self._shared(text, prompt or "")
+            if not self._content(messages, i - 1, text)[1] <= start <= end:
+                raise ValueError(
+                    "the chat template rewrites earlier turns, so assistant turns cannot be located; "
+                    f"expected a prefix of the conversation up to turn {i}"
+                )
         if through is text:
             return start, len(text.rstrip())
-        last_begin, last_end = _find(messages[-1]["content"], text, text.rfind(messages[-1]["content"].strip()[:40]))
-        closing = text[last_end:].rstrip() if last_begin >= 0 else ""
+        if text.startswith(through):
+            return start, len(through)
+        closing = text[self._content(messages, len(messages) - 1, text)[1] :].rstrip()
         return start, end + self._shared(text[end:], closing)
 
-    def _header(self, before: Messages, text: str, start: int, turns: Sequence[Turn]) -> int:
-        """Where the header of the answer at `start` begins: after the messages before it."""
-        header = min(start, self._shared(text, self.render(before))) if before else 0
-        if header < start or not before:
+    def _content(self, messages: Messages, i: int, text: str) -> tuple[int, int]:
+        """Where the text of message `i` stands: there a rendering with another in its place differs.
+
+        Raises:
+            ValueError: the template does not write it.
+        """
+        content = messages[i]["content"]
+        other = next(stand_in for stand_in in _STAND_INS if stand_in[0] not in content and stand_in[-1] not in content)
+        rendered = self.render([*messages[:i], messages[i] | {"content": other}, *messages[i + 1 :]])
+        if other not in rendered:
+            raise ValueError(f"the chat template does not write the text of turn {i}")
+        begin = _common(text, rendered)
+        return begin, len(text) - _common(text[begin:][::-1], rendered[begin:][::-1])
+
+    def _header(self, messages: Messages, i: int, text: str, start: int) -> int:
+        """Where the header of answer `i`, which starts at `start`, begins: after the messages before it."""
+        if not i:
+            return start
+        header = min(start, self._shared(text, self.render(messages[:i])))
+        if header < start:
             return header
         # No header of its own ([INST] prompt [/INST] answer): what follows the prompt's text.
-        found = text.rfind(before[-1]["content"].strip(), turns[-1].end if turns else 0, start)
-        return start if found < 0 else found + len(before[-1]["content"].strip())
+        return min(start, self._content(messages, i - 1, text)[1])
 
     def _shared(self, text: str, other: str) -> int:
         """Characters that both begin with, back to where a token of `text` begins."""
-        shared = len(os.path.commonprefix([text, other]))  # noqa: RUF071  of characters, as is meant
+        shared = _common(text, other)
         if shared in (len(text), len(other)):
             return shared
         low = max(0, shared - _WINDOW)
@@ -155,10 +182,24 @@ def _refused(messages: Messages, error: TemplateError) -> ValueError:
     return ValueError(f"the chat template refuses the conversation {start!r}...: {error}")
 
 
-def _find(content: str, text: str, start: int) -> tuple[int, int]:
-    """Where a message's text, or what of it follows the reasoning, stands in `text` from `start` on."""
-    for part in (content, content.strip(), content.split(_THOUGHT)[-1].strip()):
-        found = text.find(part, start) if part and start >= 0 else -1
-        if found >= 0:
-            return found, found + len(part)
-    return _NOWHERE
+def _common(text: str, other: str) -> int:
+    """Characters that both begin with."""
+    low, high = 0, min(len(text), len(other))
+    if text[:high] == other[:high]:
+        return high
+    while high - low > 1:  # they part at or after `low`, before `high`
+        middle = (low + high) // 2
+        if text[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _of_one_day(template: str, date: datetime.date) -> str:
+    """A template whose `strftime_now` says `date`: a macro of that name stands before transformers' function."""
+    said = "f"
+    for directive in "YmdbBaAyjHMSpIZ":
+        said += f"|replace('%{directive}', {date.strftime(f'%{directive}')!r})"
+    # The plus keeps the newline that may follow.
+    return f"{{%- macro strftime_now(f) %}}{{{{ {said} }}}}{{%- endmacro +%}}{template}"

@@ -11,17 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lead_fast"
 # Only these rooms know transformers, accelerate and peft.
 HOSTS = {"transformers", "accelerate", "peft"}
-HOST_ROOMS = {
-    "attention.py",
-    "turns.py",
-    "lora.py",
-    "packing.py",
-    "models.py",
-    "optimization.py",
-    "cli.py",
-    "offline",
-    "integrations",
-}
+HOST_ROOMS = {"attention.py", "turns.py", "packing.py", "models.py", "loading.py", "lora.py", "optimization.py", "cli.py"}
+HOST_ROOMS |= {"offline", "integrations"}
 # What the inner rooms may import of this package; None: torch and triton alone.
 INNER = {
     "reference.py": set(),

@@ -135,6 +135,15 @@ def test_lora_adapts_every_linear_layer_of_a_family_but_routers(kind, tokenizer)
     assert {name.rsplit(".", 1)[-1] for name in adapted(model)} == set(LORA_NAMES[kind].split())
 
 
+def test_a_router_of_linear_layers_is_not_adapted(tokenizer):
+    model = tiny("llama", len(tokenizer))
+    for layer in model.model.layers:
+        layer.mlp.router = nn.Sequential(nn.Linear(32, 4))
+        layer.mlp.router.q_proj = nn.Linear(4, 4)  # by a name that others have, too
+    paths = adapted(add_lora(model, rank=2, alpha=4.0, seed=0))
+    assert len(paths) == 14 and not any("router" in path for path in paths)
+
+
 def test_lora_on_chosen_layers(tokenizer):
     model = add_lora(tiny("llama", len(tokenizer)), rank=2, alpha=4.0, seed=0, targets=["q_proj", "v_proj"])
     assert {name.rsplit(".", 1)[-1] for name in adapted(model)} == {"q_proj", "v_proj"}
@@ -190,6 +199,12 @@ def test_longer_samples_than_positions_are_refused(tokenizer, caplog):
     check_length(dynamic, 64)
     with pytest.raises(ValueError, match=r"max_length: expected at most 64 .* whose rotary embeddings change"):
         check_length(dynamic, 100)
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    longrope = tiny("llama", len(tokenizer), max_position_embeddings=128, rope_parameters=rope)
+    check_length(longrope, 64)
+    with pytest.raises(ValueError, match=r"max_length: expected at most 64 .* whose rotary embeddings change"):
+        check_length(longrope, 65)
 
 
 def test_equal_seeds_build_equal_models(tokenizer):

@@ -11,11 +11,13 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from lead_fast.cli import main
 from lead_fast.config import LeadConfig, PrepareConfig
 from lead_fast.demo_pool import FAMILIES, demo_rows
 from lead_fast.engine import LeadEngine
 from lead_fast.files import read_jsonl, write_jsonl
-from lead_fast.loading import build_model, save_model
+from lead_fast.integrations.samples import ChatSamples
+from lead_fast.loading import build_model, load_tokenizer, save_model
 from lead_fast.models import PackedModel
 from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.prepare import load_prepared, prepare
@@ -129,6 +131,34 @@ def test_rows_that_the_template_refuses_are_named_or_left_out(rows, base_without
     rejects = read_jsonl(tmp_path / "out.rejects.jsonl")
     assert [line["id"] for line in rejects] == ["one", "two"] and "no system role" in rejects[0]["reason"]
     assert json.loads(rejects[1]["raw"]) == bad[1]["messages"]
+
+
+def test_rows_set_aside_need_not_be_rendered(rows, base_without_system, tmp_path, monkeypatch, caplog):
+    bad = {"id": "one", "messages": [{"role": "system", "content": "x"}, *rows[0]["messages"][-2:]]}
+    pool = pool_of([*rows, bad], tmp_path, monkeypatch)
+    numbers = {"arm": np.arange(41) % 3, "utility": np.ones(41, np.float32), "aside": np.arange(41) == 40}
+    config = PrepareConfig(model=str(base_without_system), out=str(tmp_path / "out"))
+    prepared = prepare(pool.with_arrays(**numbers), config, LeadConfig(), tmp_path / "out")
+    assert len(prepared.pool) == 41 and prepared.summary["rows_rejected"] == 0
+    numbers["aside"][:] = False
+    skipping = replace(config, on_bad_row="skip")
+    for _ in range(3):  # as resumed runs do
+        prepared = prepare(pool.with_arrays(**numbers), skipping, LeadConfig(), tmp_path / "again")
+        assert len(prepared.pool) == 40 and len(read_jsonl(tmp_path / "out.rejects.jsonl")) == 1
+    samples = ChatSamples(pool.with_arrays(**numbers), load_tokenizer(base_without_system), 128)
+    assert samples.pool.aside.tolist() == [False] * 40 + [True] and "they are set aside" in caplog.text
+    with pytest.raises(ValueError, match="ChatSamples: the chat template does not render 1 of 1 rows; the first is 'one'"):
+        ChatSamples(pool.subset([40]), load_tokenizer(base_without_system), 128)
+
+
+def test_a_held_out_row_that_the_template_refuses_is_named_at_once(rows, base_without_system, tmp_path, monkeypatch, capfd):
+    bad = {"id": "one", "messages": [{"role": "system", "content": "x"}, *rows[0]["messages"][-2:]]}
+    pool_of(rows, tmp_path, monkeypatch)
+    write_jsonl(tmp_path / "heldout.jsonl", [*rows[:3], bad])
+    paths = ["--model", str(base_without_system), "--pool", str(tmp_path / "pool.jsonl"), "--out", str(tmp_path / "out")]
+    assert main(["train", *paths, "--heldout", str(tmp_path / "heldout.jsonl")]) == 1
+    assert "heldout: row 'one': the chat template refuses" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "prepared" / "start").exists()
 
 
 def test_a_template_s_date_is_that_of_the_preparation(rows, base_without_system, tmp_path, monkeypatch):

@@ -156,6 +156,38 @@ def test_answers_are_found_where_earlier_turns_are_no_prefix(template, expected,
     assert alone.count("<|assistant|>") == 2 and "<|user|>" not in alone and "brief" not in alone
 
 
+@pytest.mark.parametrize("answer", ["think", "end", "user", "Six. Six. Six. Six. Six. Six. Six. Six. Six. Six. Six. Six.", "b"])
+@pytest.mark.parametrize("template", [ENDS_ONCE, THINKS_LAST, ASKS_TO_THINK], ids=["ends once", "thinks last", "asks to think"])
+def test_an_answer_that_occurs_elsewhere_is_found_where_it_is(template, answer, special):
+    special.chat_template = template
+    said = {"role": "assistant", "content": answer}
+    for chat in ([CHAT[1], said, *CHAT[3:]], [*CHAT[1:4], said]):
+        (sample,) = ChatEncoder(special, 512).encode([chat])
+        runs = [run.replace("<think></think>", "").replace("</s>", "").strip() for run in supervised_runs(special, sample)]
+        assert runs == [chat[1]["content"] + "<|end|>", chat[3]["content"] + "<|end|>"]
+
+
+UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+@pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["marked", "unmarked"])
+def test_of_a_conversation_that_begins_with_an_answer_the_answer_is_supervised(template, special):
+    special.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}{{ '<|system|>\nBe kind.<|end|>\n' }}{% endif %}" + template
+    )
+    (sample,) = ChatEncoder(special, 512).encode([CHAT[2:]])
+    runs = [run.removesuffix("</s>").strip() for run in supervised_runs(special, sample)]
+    assert runs == ["It is 4.<|end|>", "Six.\n\nNot seven.<|end|>"]
+
+
+def test_long_conversations_take_time_in_proportion_to_their_renderings(special):
+    """What compares renderings must not look at each character in Python; 200 turns of 200,000 characters."""
+    special.chat_template = ENDS_ONCE
+    chat = [{"role": role, "content": f"{n} " + "word " * 200} for n in range(100) for role in ("user", "assistant")]
+    text, turns = ChatEncoder(special, 512).template.turns(chat)
+    assert len(turns) == 100 and all(text[start:].startswith(f"{n} word") for n, (_, start, _) in enumerate(turns))
+
+
 def test_reasoning_that_earlier_turns_lose_is_not_asked_for(special):
     special.chat_template = THINKS_LAST
     chat = [CHAT[1], {"role": "assistant", "content": "<think>2, 2</think>It is 4."}, *CHAT[3:]]
@@ -204,11 +236,13 @@ def test_conversations_that_a_template_refuses_are_named_or_collected(tokenizer)
         list(encoder.encode(chats))
     samples = list(encoder.encode(chats, batch_size=2, errors=errors))
     assert len(samples) == 3 and [error.number for error in errors] == [1] and "no system role" in errors[0].reason
+    errors.clear()
+    assert not list(encoder.encode([CHAT] * 3, batch_size=2, errors=errors)) and len(errors) == 3
 
 
 def test_today_is_the_day_that_is_given(tokenizer):
     tokenizer.chat_template = (
-        "{{ 'Today is ' + (strftime_now('%d %b %Y') if strftime_now is defined else 'unknown') + '. ' }}"
+        "{% set form = '%d %b %Y' %}{{ 'Today is ' + (strftime_now(form) if strftime_now is defined else 'unknown') + '. ' }}"
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )

@@ -118,6 +118,46 @@ def test_a_subclass_of_grad_norm_has_its_own_predictions_recorded():
     assert moved > 100
 
 
+@lf.register_estimator
+class Forgetting(lf.LossChangeEstimator):
+    """A fall that ends when the row is seen again: what `pair` hears must not reach the prediction that it is compared with."""
+
+    name = "forgetting"
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.fall = None
+
+    def drop(self, table, clocks, at):
+        return torch.full(at.shape, 0.25) if self.fall is None else self.fall[at]
+
+    def pair(self, table, clocks, at, loss, valid):
+        if self.fall is None:
+            self.fall = torch.full((len(table.rows) + 1,), 0.25)
+        self.fall[at] = 0.0
+
+
+def test_a_prediction_is_recorded_before_its_truth_is_heard():
+    engine, script = make(record=True, estimator="forgetting")
+    rnd = engine.begin_round()
+    step = next(iter(script.round(1, rnd.rows.tolist())))
+    engine.observe(rows_of(step.batches[0]), samples(step.batches[0]))
+    visits = engine.end_round().visits
+    assert len(visits["row"]) and torch.allclose(visits["seen_loss"] - visits["predicted.forgetting"], torch.tensor(0.25))
+
+
+def test_a_refused_observation_leaves_no_record():
+    engine, script = make(record=True)
+    rnd = engine.begin_round()
+    step = next(iter(script.round(1, rnd.rows.tolist())))
+    rows, taken = rows_of(step.batches[0]), samples(step.batches[0])
+    with pytest.raises(ValueError, match="`rows` must be in"):
+        engine.observe(torch.full_like(rows, len(engine.pool)), taken)
+    engine.observe(rows, taken)
+    visits = engine.end_round().visits
+    assert set(visits["row"].tolist()) <= set(rows.tolist()) and visits["seen_loss"].isfinite().all()
+
+
 def test_nothing_is_recorded_unless_asked():
     engine, script = make(SHADOWS)
     rnd = engine.begin_round()

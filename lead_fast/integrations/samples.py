@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lead_fast.packing import IGNORE_INDEX, ChatEncoder, ConversationError, CutCounts, Sample
+from lead_fast.packing import IGNORE_INDEX, ChatEncoder, Sample
 from lead_fast.pool import Pool
+
+logger = logging.getLogger(__name__)
 
 # What collators may add to the tokens that packing writes anew for the whole batch.
 _BOUNDARIES = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "shift_labels"})
@@ -27,22 +30,32 @@ class ChatSamples:
         max_length: tokens of a sample; see `ChatEncoder`.
 
     Raises:
-        ValueError: the pool has no text or a row that the template cannot render, or the tokenizer is not fast.
+        ValueError: the pool has no text, or no row that the template renders, or the tokenizer is not fast.
+
+    Attributes:
+        pool: the same rows; those that the template does not render are set aside.
     """
 
     def __init__(self, pool: Pool, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         if not pool.has_text:
             raise ValueError("ChatSamples: `pool` must have text where there is no `train_dataset`, got arrays alone")
-        self.pool, self.encoder = pool, ChatEncoder(tokenizer, max_length)
-        errors = list[ConversationError]()
-        for _ in self.encoder.encode(pool.iter_messages(), errors=errors):
-            pass
-        if errors:
-            raise ValueError(
-                f"ChatSamples: the chat template must render every row of `pool`, got {len(errors):,} of {len(pool):,} that it "
-                f"does not; the first is {pool.id(errors[0].number)!r}: {errors[0].reason}"
+        self.encoder = ChatEncoder(tokenizer, max_length)
+        rows, bad = np.flatnonzero(~pool.aside), dict[int, str]()
+        for row, messages in zip(rows.tolist(), pool.iter_messages(rows), strict=True):
+            if (reason := self.encoder.template.refusal(messages)) is not None:
+                bad[row] = reason
+        if bad:
+            row, reason = next(iter(bad.items()))
+            text = (
+                f"the chat template does not render {len(bad):,} of {len(pool):,} rows; the first is {pool.id(row)!r}: {reason}"
             )
-        self.encoder.cuts = CutCounts(max_length=max_length)
+            if len(bad) == len(rows):
+                raise ValueError(f"ChatSamples: {text}")
+            logger.warning("%s; they are set aside", text)
+            aside = pool.aside.copy()
+            aside[list(bad)] = True
+            pool = pool.with_arrays(aside=aside)
+        self.pool = pool
 
     @property
     def date(self) -> str:

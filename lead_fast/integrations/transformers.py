@@ -364,7 +364,8 @@ class LeadTrainer(LeadRounds, Trainer):
                     "LeadTrainer: `processing_class` must be a tokenizer where there is no `train_dataset`, got None"
                 )
             check_length(causal_lm_of(self.model), max_length)
-            samples: Callable[[Sequence[int]], list[Sample]] = ChatSamples(pool, tokenizer, max_length)
+            samples: Any = ChatSamples(pool, tokenizer, max_length)
+            pool = samples.pool
         else:
             dataset: Any = self.train_dataset
             if not hasattr(dataset, "__len__") or len(dataset) != len(pool):

@@ -197,13 +197,13 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
 
 
 def _encodable(pool: Pool, encoder: ChatEncoder, config: PrepareConfig, ranks: Ranks, summary: dict[str, Any]) -> Pool:
-    """The pool without rows that the chat template cannot render, where bad rows are to be skipped.
+    """The pool without rows that the chat template cannot render, where bad rows are to be skipped; those set aside may stay.
 
     Raises:
         ValueError: it has such rows; the first is named.
     """
     errors = list[ConversationError]()
-    rows = np.arange(ranks.number, len(pool), ranks.world)
+    rows = np.flatnonzero(~pool.aside)[ranks.number :: ranks.world]
     for _ in encoder.encode(tqdm(pool.iter_messages(rows), desc="checking the rows", delay=2, total=len(rows), leave=False,
                                  disable=not ranks.is_first), errors=errors):  # fmt: skip
         pass
@@ -220,7 +220,12 @@ def _encodable(pool: Pool, encoder: ChatEncoder, config: PrepareConfig, ranks: R
     rejects = [{"id": pool.id(row), "field": "messages", "reason": reason, "raw": json.dumps(pool.messages(row))}
                for row, reason in bad.items()]  # fmt: skip
     path = Path(f"{str(config.out).rstrip('/')}.rejects.jsonl")
-    ranks.on_first(lambda: write_jsonl(path, (read_jsonl(path) if path.exists() else []) + rejects))
+
+    def add() -> None:
+        others = [line for line in (read_jsonl(path) if path.exists() else []) if "file" in line]  # that reading has refused
+        write_jsonl(path, others + rejects)
+
+    ranks.on_first(add)
     summary["rows_rejected"] += len(bad)
     return pool.subset(np.setdiff1d(np.arange(len(pool)), list(bad)))
 
@@ -352,8 +357,8 @@ def _cluster(pool: Pool, config: PrepareConfig, lead: LeadConfig, stages: Stages
     )  # fmt: skip
 
 
-def encoded_rows(encoder: ChatEncoder, pool: Pool, rows: Iterable[int]) -> list[Any]:
-    """Tokenized samples of rows of the pool, in the order given.
+def encoded_rows(encoder: ChatEncoder, pool: Pool, rows: Iterable[int], *, name: str = "pool") -> list[Any]:
+    """Tokenized samples of rows of a pool, which errors call `name`, in the order given.
 
     Raises:
         ValueError: a row that cannot be rendered, which is named.
@@ -362,4 +367,4 @@ def encoded_rows(encoder: ChatEncoder, pool: Pool, rows: Iterable[int]) -> list[
     try:
         return list(encoder.encode(pool.iter_messages(wanted)))
     except ConversationError as error:
-        raise ValueError(f"pool: row {pool.id(int(wanted[error.number]))!r}: {error.reason}") from error
+        raise ValueError(f"{name}: row {pool.id(int(wanted[error.number]))!r}: {error.reason}") from error
