@@ -26,7 +26,8 @@ bench:
 gpu:
 	@.ci/gpu.sh
 
-# After `make gpu`, in its environment: what LEAD costs a training step of an 8B-shape Llama. About a quarter of an hour.
+# After `make gpu`, in its environment: what LEAD costs a training step of an 8B-shape Llama. About a quarter of an hour; the
+# results are written after every round, and `--add` goes on from them.
 gpu-price:
 	.venv-gpu/bin/python benchmarks/test_estimation_price.py --device cuda
 

@@ -37,6 +37,10 @@ names = "torch triton transformers accelerate peft safetensors pyarrow sklearn m
 names += " pybind11 setuptools pytest pytest_benchmark pytest_timeout hypothesis"
 print(*[name for name in names.split() if find_spec(name) is None])')
 [ -z "$missing" ] || { say "missing: $missing; give their wheels in WHEELS=folder"; exit 1; }
+optional=$("$py" -c '
+from importlib.util import find_spec
+print(*[name for name in "flash_attn trl datasets bitsandbytes".split() if find_spec(name) is None])')
+[ -z "$optional" ] || say "not there, and so not tested: $optional"
 "$py" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' || { say "setuptools must be 77 or newer"; exit 1; }
 say "building"
 LEAD_FAST_CUDA=1 "$py" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .

@@ -148,7 +148,8 @@ class ChatTemplate:
             ValueError: the template does not write it.
         """
         content = messages[i]["content"]
-        other = next(stand_in for stand_in in _STAND_INS if stand_in[0] not in content and stand_in[-1] not in content)
+        # It must part from the text at its first character, and again at its last.
+        other = next((t for t in _STAND_INS if t[0] not in content and t[-1] not in content), _STAND_INS[0])
         rendered = self.render([*messages[:i], messages[i] | {"content": other}, *messages[i + 1 :]])
         if other not in rendered:
             raise ValueError(f"the chat template does not write the text of turn {i}")
