@@ -13,6 +13,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
 
 
+def to_fp32(tensor: Tensor, device: torch.device) -> Tensor:
+    """Contiguous and in fp32 on `device`; what is so already is given as it is, without a call that would find that out."""
+    if tensor.device == device and tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return to_device(tensor, device).to(torch.float32).contiguous()
+
+
 def copy_to_host(*tensors: Tensor) -> list[Tensor]:
     """Tensors on the CPU by one copy: each as int64 words, since a copy a tensor would wait as often."""
     if tensors[0].device.type == "cpu":

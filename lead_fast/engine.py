@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 import lead_fast.first_order  # noqa: F401  registers an estimator by name
 from lead_fast.bandit import Bandit
 from lead_fast.config import LeadConfig
-from lead_fast.device import copy_to_host, to_device
+from lead_fast.device import copy_to_host, to_device, to_fp32
 from lead_fast.estimators import keeps_grad_norm
 from lead_fast.files import write_jsonl
 from lead_fast.pool import Pool
@@ -201,9 +201,7 @@ class LeadEngine:
         if loss.shape != rows.shape:
             raise ValueError(f"LeadEngine.observe: `samples` must have {len(rows)} entries, one a row, got {list(loss.shape)}")
         rows = to_device(rows, self.device)
-        loss, num_tokens, grad_norm_sq = (
-            to_device(t, self.device).to(torch.float32).contiguous() for t in (loss, num_tokens, grad_norm_sq)
-        )
+        loss, num_tokens, grad_norm_sq = (to_fp32(t, self.device) for t in (loss, num_tokens, grad_norm_sq))
         observation = Observation(self.clocks.num_steps, rows, loss, num_tokens, grad_norm_sq)
         if self._shards is not None:
             self._shards.add(observation)
