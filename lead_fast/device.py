@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+from contextlib import suppress
+
 import torch
 from torch import Tensor
+
+_HUGE_FROM = 2**24  # bytes: less fits the caches, and the translations of its addresses do
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -18,6 +24,26 @@ def to_fp32(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device == device and tensor.dtype == torch.float32 and tensor.is_contiguous():
         return tensor
     return to_device(tensor, device).to(torch.float32).contiguous()
+
+
+def scattered_zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros for a table that is read and written in many places at once.
+
+    On a CPU a large one lies in huge pages, where the system gives them when asked: with small ones each place is a miss of the
+    cache and one of the address translation.
+    """
+    num_bytes = dtype.itemsize * math.prod(shape)
+    if device.type != "cpu" or num_bytes < _HUGE_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them: the memory is as good as before
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def scattered(tensor: Tensor) -> Tensor:
+    """A copy of a tensor in the memory of `scattered_zeros`."""
+    return scattered_zeros(*tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def copy_to_host(*tensors: Tensor) -> list[Tensor]:

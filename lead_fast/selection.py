@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lead_fast.device import scattered
 from lead_fast.reference_state import USES, available_positions
 
 _MAX_ROWS = 2**31 - 2
@@ -54,8 +55,8 @@ class Groups:
         self._arm_groups = [slice(lo, hi) for lo, hi in pairwise(bounds.tolist())]
         self._offsets = np.append(0, np.cumsum(self.group_sizes)).astype(np.int64)
         self.arm_sizes = np.array([self.group_sizes[s].sum() for s in self._arm_groups], np.int64)
-        self.rows, self.position = torch.from_numpy(order).to(device), torch.from_numpy(position).to(device)
-        self.arm = torch.from_numpy(arm.astype(np.int16)[order]).to(device)
+        self.rows, self.position = torch.from_numpy(order).to(device), scattered(torch.from_numpy(position).to(device))
+        self.arm = scattered(torch.from_numpy(arm.astype(np.int16)[order]).to(device))
         self.offsets, self.arm_groups = torch.from_numpy(self._offsets).to(device), torch.from_numpy(bounds).to(device)
 
     def choosable_rows(self) -> Tensor:

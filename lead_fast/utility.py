@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lead_fast import state as _state  # noqa: F401, its import defines torch.ops.lead_fast.observe and the rest
+from lead_fast.device import scattered_zeros
 from lead_fast.reference_state import (
     ARM_LR_SUM,
     IDU,
@@ -60,11 +61,11 @@ class UtilityTable:
     def __init__(self, first_utility: Tensor, groups: Groups) -> None:
         self.rows, self.position, self.arm = groups.rows, groups.position, groups.arm
         device, n = groups.rows.device, len(groups.rows)
-        self.values = torch.zeros(4, n + 1, dtype=torch.float32, device=device)
+        self.values = scattered_zeros(4, n + 1, dtype=torch.float32, device=device)
         self.values[LOSS, :n] = first_utility.to(device)[groups.rows]
         self.values[IDU], self.values[PREVIOUS] = self.values[LOSS], self.values[LOSS]
-        self.seen = torch.zeros(2, n + 1, dtype=torch.int32, device=device)
-        self.flags = torch.zeros(2, n + 1, dtype=torch.uint8, device=device)
+        self.seen = scattered_zeros(2, n + 1, dtype=torch.int32, device=device)
+        self.flags = scattered_zeros(2, n + 1, dtype=torch.uint8, device=device)
         self.left = torch.from_numpy(groups.arm_sizes.copy()).to(device)
 
     def choose(self, rows: Tensor, max_uses: int) -> None:

@@ -1,0 +1,64 @@
+"""Tables that are read in many places at once."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from lead_fast import device
+from lead_fast.device import scattered, scattered_zeros, to_fp32
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int16, torch.uint8])
+def test_zeros_hold_what_is_written(large, dtype, monkeypatch):
+    monkeypatch.setattr(device, "_HUGE_FROM", 1 if large else 2**40)
+    table = scattered_zeros(2, 1001, dtype=dtype, device=CPU)
+    assert table.shape == (2, 1001) and table.dtype == dtype and not table.any() and table.is_contiguous()
+    row = table[1]
+    row[-1] = 7
+    del table
+    gc.collect()
+    assert row.sum() == 7  # a view keeps the memory
+    copy = scattered(row)
+    row.zero_()
+    assert copy[-1] == 7
+
+
+def test_no_bytes_are_no_page(monkeypatch):
+    monkeypatch.setattr(device, "_HUGE_FROM", 1)
+    assert scattered_zeros(0, dtype=torch.int32, device=CPU).shape == (0,)
+
+
+def huge_bytes_at(address):
+    """Bytes in huge pages of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            begin, end = (int(bound, 16) for bound in head.split("-"))
+            inside = begin <= address < end
+        elif inside and head == "AnonHugePages:":
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+def test_a_table_of_a_hundred_megabytes_lies_in_huge_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this kernel gives no huge pages")
+    table = scattered_zeros(4, 25_000_000 // 4, dtype=torch.float32, device=CPU).fill_(1.0)
+    if not (huge := huge_bytes_at(table.data_ptr())):
+        pytest.skip("this kernel had no huge page free")
+    assert huge > 0.5 * table.nbytes
+
+
+def test_fp32_is_left_as_it_is():
+    ready = torch.rand(5)
+    assert to_fp32(ready, CPU) is ready
+    for other in (torch.rand(5).double(), torch.rand(10)[::2], torch.rand(5).bfloat16()):
+        got = to_fp32(other, CPU)
+        assert got.dtype == torch.float32 and got.is_contiguous() and torch.equal(got, other.float())
