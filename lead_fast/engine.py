@@ -29,7 +29,6 @@ from lead_fast.files import write_jsonl
 from lead_fast.pool import Pool
 from lead_fast.ranks import Observation, Shards, observations_of
 from lead_fast.reference_state import (
-    BEFORE_DROP,
     CHOOSE,
     IDU,
     LOSS,
@@ -51,10 +50,10 @@ from lead_fast.utility import (
     WeightChange,
     estimator_class,
     has_own_drop,
-    observed,
+    show,
     utility,
 )
-from lead_fast.visits import Record
+from lead_fast.visits import begin_record
 
 logger = logging.getLogger(__name__)
 
@@ -290,6 +289,10 @@ class LeadEngine:
         return next((name for name, estimator in self.estimators.items() if keeps_grad_norm(estimator)), None)
 
     @cached_property
+    def _others(self) -> dict[str, LossChangeEstimator]:
+        return {name: estimator for name, estimator in self.estimators.items() if name != self._paired}
+
+    @cached_property
     def _pair_state(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         states = [state for e in self.estimators.values() if (state := e.pair_state()) is not None]
         if len(states) > 1:
@@ -304,9 +307,9 @@ class LeadEngine:
         if step != steps:  # of a round that went on since
             now, clocks.num_steps = torch.full((1,), step, device=self.device), step
         # Recorded first: a hook may learn from what is then no prediction any more.
-        record = self._record(rows, loss) if self.record_visits else None
+        record = begin_record(table, clocks, self._others, rows, loss) if self.record_visits else None
         if self._hooked:
-            self._show(rows, loss, num_tokens)
+            show(self._hooked, table, clocks, rows, loss, num_tokens)
         try:
             torch.ops.lead_fast.observe(
                 rows, loss, num_tokens, grad_norm_sq, now, table.position, table.arm, table.values, table.seen, table.flags,
@@ -319,25 +322,6 @@ class LeadEngine:
             clocks.num_steps = steps
         if record is not None:
             self._at.visits.append(record)
-
-    def _record(self, rows: Tensor, loss: Tensor) -> Record:
-        """The record of a micro-batch, in which `observe` is to write what stood of its rows before."""
-        before = torch.empty(BEFORE_DROP + 1, len(rows), dtype=torch.float64, device=self.device)
-        record = {"before": before, "observed": loss.clone()}  # the caller may fill its buffer again
-        others = {name: e for name, e in self.estimators.items() if name != self._paired}
-        if others:
-            in_pool = (rows >= 0) & (rows < len(self.pool))
-            at = self.table.position[torch.where(in_pool, rows, 0)].long()
-            record |= {name: estimator.drop(self.table, self.clocks, at) for name, estimator in others.items()}
-        return record
-
-    def _show(self, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> None:
-        """Hands a micro-batch to hooks, before the table takes it."""
-        valid = observed(self.table, rows, loss, num_tokens)
-        spare = len(self.pool)
-        at = torch.where(valid, self.table.position[torch.where(valid, rows, 0)].long(), spare)
-        for estimator in self._hooked:
-            estimator.pair(self.table, self.clocks, at, loss, valid)
 
     @property
     def _shadows(self) -> dict[str, LossChangeEstimator]:

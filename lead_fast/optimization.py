@@ -158,16 +158,20 @@ def is_fsdp(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def is_zero3(accelerator: Accelerator) -> bool:
+    plugin: Any = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    return plugin is not None and plugin.zero_stage == 3
+
+
 def shards_weights(accelerator: Accelerator) -> bool:
     """The weights are sharded, by FSDP or ZeRO 3."""
-    zero: Any = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
-    return is_fsdp(accelerator) or (zero is not None and zero.zero_stage == 3)
+    return is_fsdp(accelerator) or is_zero3(accelerator)
 
 
 @contextmanager
 def partitioned(accelerator: Accelerator) -> Iterator[None]:
     """Within, transformers has ZeRO 3 shard a model while it is loaded; nothing changes for anything else."""
-    if not shards_weights(accelerator) or is_fsdp(accelerator):
+    if not is_zero3(accelerator):
         yield
         return
     plugin: Any = accelerator.state.deepspeed_plugin
@@ -270,11 +274,11 @@ class Optimization:
         own = self.ranks.share(batches)
         # Gradients are exchanged at the last micro-batch: who has one less than the others still takes part.
         idle = self.ranks.idles(batches)
-        for number, packed in enumerate([*own, without_supervision(batches[0])] if idle else own):
-            batch = packed.to(self.device)
+        for number, on_host in enumerate([*own, without_supervision(batches[0])] if idle else own):
+            batch = on_host.to(self.device)
             is_idle, is_last = number == len(own), number + 1 == len(own) + idle
             statistics = None if observe is None or is_idle else "all"
-            with self._sync_only(last=is_last), self._sketched(first_order, packed, num_items):
+            with self._sync_only(last=is_last), self._sketched(first_order, on_host, num_items):
                 out = self.model(batch, num_items=max(num_items, 1), stats=statistics)
                 # The exchange takes the mean over processes, and the sum is wanted.
                 self.accelerator.backward(out.loss * self.ranks.world if self.ranks.world > 1 else out.loss)

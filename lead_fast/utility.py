@@ -265,6 +265,21 @@ def observed(table: UtilityTable, rows: Tensor, loss: Tensor, num_tokens: Tensor
     return usable & last_occurrence(torch.where(usable, rows, -1))
 
 
+def show(
+    estimators: Iterable[LossChangeEstimator],
+    table: UtilityTable,
+    clocks: Clocks,
+    rows: Tensor,
+    loss: Tensor,
+    num_tokens: Tensor,
+) -> None:
+    """Hands a micro-batch to the estimators' `pair`, before the table takes it."""
+    valid = observed(table, rows, loss, num_tokens)
+    at = torch.where(valid, table.position[torch.where(valid, rows, 0)].long(), len(table.rows))
+    for estimator in estimators:
+        estimator.pair(table, clocks, at, loss, valid)
+
+
 class WeightChange:
     """The change of the trained weights over a round, as a vector of at most `size` numbers.
 

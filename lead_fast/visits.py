@@ -28,6 +28,24 @@ def predictions(table: UtilityTable, clocks: Clocks, estimators: Mapping[str, Lo
     return visits
 
 
+def begin_record(
+    table: UtilityTable, clocks: Clocks, others: Mapping[str, LossChangeEstimator], rows: Tensor, loss: Tensor
+) -> Record:
+    """The record of a micro-batch, in which `observe` is to write what stood of its rows before; nothing waits.
+
+    Args:
+        others: estimators whose drops `observe` does not write.
+        rows: int64 [S]. loss: fp32 [S], observed.
+    """
+    before = torch.empty(BEFORE_DROP + 1, len(rows), dtype=torch.float64, device=loss.device)
+    record = {"before": before, "observed": loss.clone()}  # the caller may fill its buffer again
+    if others:
+        in_pool = (rows >= 0) & (rows < len(table.rows))
+        at = table.position[torch.where(in_pool, rows, 0)].long()
+        record |= {name: estimator.drop(table, clocks, at) for name, estimator in others.items()}
+    return record
+
+
 def collect(records: Sequence[Record], paired: str | None) -> Visits:
     """The visits that the table took of micro-batches as one dict of columns on the CPU, in order; no micro-batch, no column.
 

@@ -11,6 +11,7 @@ import socket
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 def free_port():
@@ -26,10 +27,11 @@ def launch(rank, world, port):
                       LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1")  # fmt: skip
 
 
-def tell_fsdp2(efficient=True, wrap="transformer_based_wrap", precision=None):
+def tell_fsdp2(efficient=True, wrap="transformer_based_wrap", precision=None, outputs=None):
     """accelerate's state, set up for several CPU processes, is told that they are accelerators which shard by FSDP2.
 
     `efficient`: the launcher's default. `wrap`: None is its default. `precision`: mixed, as accelerate then sets it.
+    `outputs`: what a model returns is cast to that, as with mixed precision.
     """
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy=wrap, cpu_ram_efficient_loading=efficient, reshard_after_forward=True,
@@ -37,6 +39,8 @@ def tell_fsdp2(efficient=True, wrap="transformer_based_wrap", precision=None):
     )  # fmt: skip
     if precision is not None:
         plugin.set_mixed_precision(precision)
+    if outputs is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(output_dtype=outputs)
     for state in (PartialState, AcceleratorState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lead_fast.attention import PACKED_ATTENTION
-from lead_fast.loading import build_model, check_length, prepare_model, save_model
+from lead_fast.loading import build_model, check_length, load_model, loaded_to_shard, prepare_model, save_model
 from lead_fast.lora import add_lora
 from lead_fast.models import PackedModel, check_head, lm_head
 from lead_fast.offline.pretrain import train_tokenizer
@@ -361,3 +361,37 @@ def test_experts_are_balanced_as_the_model_s_own_forward_does(kind, tokenizer, s
     plain = [packed(pack([s]), reduction="sum").loss / whole for s in samples[:2]]
     aux = [model(input_ids=pack([s]).input_ids[None]).aux_loss * 0.5 * pack([s]).num_items / whole for s in samples[:2]]
     torch.testing.assert_close(sum(parts), sum(plain) + sum(aux), rtol=1e-5, atol=1e-6)
+
+
+class Second:
+    """The second of two processes, as the first has `model`."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def on_first(self, call):
+        return None
+
+    def gather(self, value):
+        return [[(name, p.dtype) for name, p in self.model.named_parameters()], value]
+
+
+def test_a_process_without_weights_takes_the_first_one_s_precisions(tokenizer, tmp_path):
+    save_model(tiny("llama", len(tokenizer)), tokenizer, tmp_path)
+    first = load_model(tmp_path, dtype=torch.bfloat16, device=CPU)
+    first.model.norm.float()  # as models do that keep a part in fp32
+
+    def load(weights):
+        assert not weights
+        return load_model(tmp_path, dtype=torch.bfloat16, device=CPU, weights=False)
+
+    second = loaded_to_shard(load, Second(first))
+    assert [(n, p.dtype, p.shape) for n, p in second.named_parameters()] == [
+        (n, p.dtype, p.shape) for n, p in first.named_parameters()
+    ]
+    assert second.model.norm.weight.dtype == torch.float32
+    for (name, ours), (_, theirs) in zip(second.named_buffers(), first.named_buffers(), strict=True):
+        assert torch.equal(ours, theirs), name  # no one sends these
+    others = nn.ParameterDict({f"p{i}": p for i, (_, p) in enumerate(first.named_parameters())})
+    with pytest.raises(RuntimeError, match="stands where the first process has p0"):
+        loaded_to_shard(load, Second(others))

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from lead_fast.models import PackedModel
 from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.prepare import load_prepared, prepare
 from lead_fast.offline.pretrain import train_tokenizer
-from lead_fast.offline.scoring import EMBEDDING_SIZE, score_pool
+from lead_fast.offline.scoring import EMBEDDING_SIZE, _taking_part, score_pool
 from lead_fast.packing import ChatEncoder
 from lead_fast.pool import Pool
 
@@ -147,6 +148,9 @@ def test_rows_set_aside_need_not_be_rendered(rows, base_without_system, tmp_path
         assert len(prepared.pool) == 40 and len(read_jsonl(tmp_path / "out.rejects.jsonl")) == 1
     samples = ChatSamples(pool.with_arrays(**numbers), load_tokenizer(base_without_system), 128)
     assert samples.pool.aside.tolist() == [False] * 40 + [True] and "they are set aside" in caplog.text
+    samples.date = "2024-02-29"
+    (sample,) = samples([0])
+    assert samples.date == "2024-02-29" and "user, 2024-02-29: " in samples.encoder.tokenizer.decode(sample.input_ids)
     with pytest.raises(ValueError, match="ChatSamples: the chat template does not render 1 of 1 rows; the first is 'one'"):
         ChatSamples(pool.subset([40]), load_tokenizer(base_without_system), 128)
 
@@ -171,6 +175,13 @@ def test_a_template_s_date_is_that_of_the_preparation(rows, base_without_system,
     encoder = load_prepared(tmp_path / "out").encoder(config)
     (sample,) = encoder.encode([rows[0]["messages"]])
     assert encoder.tokenizer.decode(sample.input_ids).startswith("user, 2024-02-29: ")
+
+
+def test_a_process_without_batches_takes_part_until_all_are_done():
+    others = iter([True, True, False, False])  # whether another process has a batch
+    together = SimpleNamespace(any=lambda mine: mine | next(others))
+    assert list(_taking_part(iter([["a"]]), together)) == [["a"], None]
+    assert list(_taking_part(iter([["a"], ["b"]]), None)) == [["a"], ["b"]]
 
 
 def test_arms_are_numbered_from_the_easiest():

@@ -171,9 +171,10 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
     base, pool = _base_model(pool, config, lead.seed, stages, summary)
     summary["base"] = base
     brought = pool.arm is not None and pool.utility is not None
-    summary["date"] = stages.date().isoformat()
+    date = stages.date()
+    summary["date"] = date.isoformat()
     tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
-    encoder = ChatEncoder(tokenizer, config.max_length, stages.date())
+    encoder = ChatEncoder(tokenizer, config.max_length, date)
     if pool.has_text:
         pool = _encodable(pool, encoder, config, ranks, summary)
     if brought:

@@ -129,3 +129,12 @@ def test_a_round_fills_whole_optimizer_steps(num_rows, batch_size, accumulation)
     assert max(map(len, parts)) <= batch_size
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert all(parts[i] for i in range(accumulation - 1, len(parts), accumulation))  # a step ends with a real micro-batch
+
+
+def test_a_resumed_run_has_the_date_of_its_beginning():
+    engine = lf.LeadEngine(array_pool(), lf.LeadConfig())
+    samples = types.SimpleNamespace(date="2024-02-29")
+    state = HostRounds(engine, samples, 2, 1).state_dict()
+    later = types.SimpleNamespace(date="2024-03-01")
+    HostRounds(lf.LeadEngine(array_pool(), lf.LeadConfig()), later, 2, 1).load_state_dict(state)
+    assert later.date == "2024-02-29"

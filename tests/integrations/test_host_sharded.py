@@ -55,7 +55,7 @@ def sharded_by(kind, rank):
         if kind != "fsdp2":
             tell_zero(rank, WORLD)
             return made
-        tell_fsdp2()
+        tell_fsdp2(outputs=torch.bfloat16)  # which would show in losses and gradient norms
         return accelerate.Accelerator(**given)
 
     transformers.trainer.Accelerator = accelerator
