@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from importlib.util import find_spec
 from itertools import pairwise
@@ -69,7 +70,7 @@ def packed_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     kernel, reason = _kernel_for(query, value.shape[-1], dropout, scaling, sliding_window, softcap)
     if kernel is None or cu_seq_lens_q is None or max_length_q is None:
-        if reason is not None:
+        if reason is not None and not _unsaid:
             _say_once(f"attention runs sample by sample: {reason}")
         recomputed = torch.compiler.is_compiling() and _is_recomputed(module)
         if recomputed and dropout > 0.0:
@@ -108,6 +109,19 @@ def _constant(function: Callable[P, R]) -> Callable[P, R]:
 @_constant
 def _say_once(text: str) -> None:
     logger.warning("%s", text)
+
+
+_unsaid: list[None] = []
+
+
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Within, nothing is said of what runs sample by sample: a check of a model is not its training."""
+    _unsaid.append(None)
+    try:
+        yield
+    finally:
+        _unsaid.pop()
 
 
 @_constant

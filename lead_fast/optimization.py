@@ -28,6 +28,7 @@ from lead_fast.config import PrepareConfig
 from lead_fast.device import to_device
 from lead_fast.files import write_text
 from lead_fast.first_order import FirstOrder
+from lead_fast.lora_linear import fuse_lora
 from lead_fast.models import PackedModel, checkpoint_activations, compile_layers, forward_replaced, trained_parameters
 from lead_fast.ops import SampleStats
 from lead_fast.packing import PackedBatch, Sample, balanced_fill, fill, pack, split_evenly, without_supervision
@@ -214,9 +215,13 @@ class Optimization:
         parameters = [p for _, p in trained_parameters(model)]
         if not parameters:
             raise TrainingError("no parameter is trainable: nothing to do")
-        optimizer = torch.optim.AdamW(parameters, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
+        # On a GPU one kernel; the loop over tensors there takes seven times as long (an H200, adapters of an 8B-shape Llama).
+        fused = True if accelerator.device.type == "cuda" else None
+        options: dict[str, Any] = {"lr": config.peak_learning_rate, "weight_decay": config.weight_decay, "fused": fused}
+        optimizer = torch.optim.AdamW(parameters, **options)
         if is_fsdp(accelerator) and not accelerator.is_fsdp2:
             raise TrainingError("FSDP version must be 2 (accelerate launch --fsdp_version 2), got 1")
+        fuse_lora(model)
         packed = PackedModel(model, check=not is_fsdp(accelerator))
         if config.gradient_checkpointing:
             checkpoint_activations(model)

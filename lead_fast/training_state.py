@@ -207,8 +207,9 @@ def _restore_optimizer(optimization: Optimization, saved: State) -> None:
             k: sharded_like(v.clone(), parameter) if isinstance(v, Tensor) else v for k, v in entry.items()
         }
     groups = [
-        # JSON has no tuples.
+        # JSON has no tuples; which implementation runs is this device's.
         {k: tuple(v) if isinstance(live.get(k), tuple) else v for k, v in group.items()}
+        | {k: live[k] for k in ("foreach", "fused", "capturable")}
         | {"params": [order[id(parameters[name])] for name in group["params"]]}
         for group, live in zip(saved["groups"], optimizer.param_groups, strict=True)
     ]

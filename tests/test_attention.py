@@ -284,4 +284,4 @@ def test_the_kernel_of_this_machine_gives_what_each_sample_gets_alone(num_kv_hea
     torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
     for ours, truth in zip(torch.autograd.grad(got, inputs, upstream),
                            torch.autograd.grad(expected, inputs, upstream.double()), strict=True):  # fmt: skip
-        torch.testing.assert_close(ours, truth, rtol=3e-2, atol=3e-2)
+        assert (ours - truth).norm() < 2e-2 * truth.norm()

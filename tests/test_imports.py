@@ -12,7 +12,7 @@ PACKAGE = ROOT / "lead_fast"
 # Only these rooms know transformers, accelerate and peft.
 HOSTS = {"transformers", "accelerate", "peft"}
 HOST_ROOMS = {"attention.py", "turns.py", "packing.py", "models.py", "loading.py", "lora.py", "optimization.py", "cli.py"}
-HOST_ROOMS |= {"offline", "integrations"}
+HOST_ROOMS |= {"lora_linear.py", "offline", "integrations"}
 # What the inner rooms may import of this package; None: torch and triton alone.
 INNER = {
     "reference.py": set(),

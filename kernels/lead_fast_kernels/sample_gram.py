@@ -100,7 +100,7 @@ class GramLaunch(NamedTuple):
     """Programs at most: as many as the card holds at once."""
 
 
-# By card and bytes an element. Starting guesses, not yet measured on any card.
+# By card and bytes an element. sm_90 in 16 bits by benchmarks/tune_kernels.py on an H200; the others are guesses.
 LAUNCH = {
     ("sm_80", 2): GramLaunch(64, 64, 256, 4, 3, 2 * 108),  # A100
     ("sm_80", 4): GramLaunch(64, 16, 256, 8, 2, 108),
