@@ -72,6 +72,14 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right).to(dtype)
 
 
+def _products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    """`_LoraLinear` without a backward of its own."""
+    y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    return torch.addmm(y, scaling * (x @ a.to(dtype).T), b.to(dtype).T)
+
+
 class LoraLinear(PeftLinear):
     """peft's layer with the operator in place of its forward, wherever the operator computes the same."""
 
@@ -83,8 +91,10 @@ class LoraLinear(PeftLinear):
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
-        y = _LoraLinear.apply(x.to(dtype).flatten(0, -2), base.weight, base.bias, a, b, self.scaling[name], dtype)
-        return y.view(*x.shape[:-1], y.shape[-1])  # pyright: ignore[reportAttributeAccessIssue]
+        # torch 2.11 compiles the operator to gradients of 0; a compiler finds the products in plain code as well.
+        operator: Any = _products if torch.compiler.is_compiling() else _LoraLinear.apply
+        y = operator(x.to(dtype).flatten(0, -2), base.weight, base.bias, a, b, self.scaling[name], dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _operator_serves(self, x: Tensor) -> str | None:
         """The one adapter that is active and plain, or None.

@@ -103,6 +103,7 @@ def measure(
                 continue
             trained, mib = found
             results[name].add(rnd, trained.seconds, trained.loss)
+            say(f"  {name}: {trained.seconds:.2f} s, {rnd.num_tokens / trained.seconds:,.0f} tokens/s, loss {trained.loss:.4f}")
             results[name].peak_mib = max(results[name].peak_mib, mib)
             if trained.steps_seconds is not None:
                 results[PUBLISHED_STEPS].add(rnd, trained.steps_seconds, trained.loss)
