@@ -148,6 +148,7 @@ class PrepareConfig:
     )  # fmt: skip
     gradient_checkpointing: bool = option(False, "recompute each layer's activations in backward instead of keeping them")
     compile: bool = option(False, "compile the model's layers with torch.compile")
+    liger: bool = option(False, "liger-kernel's norms, rotary embeddings and MLPs in place of the model's own; needs a GPU")
     learning_rate: float | None = option(None, "peak learning rate of AdamW; None: 2e-5, or 1e-3 with model_config")
     weight_decay: float = option(0.0, "weight decay of AdamW")
     max_grad_norm: float = option(1.0, "gradient clipping by global norm; 0 turns it off")
@@ -181,6 +182,7 @@ class PrepareConfig:
         _check(self, "quantize", self.quantize is None or self.model_config is None, "None for a model built by model_config")
         targets = self.lora_targets is None or (self.tuning == "lora" and all(self.adapted or ("",)))
         _check(self, "lora_targets", targets, "names parted by commas, or None unless tuning is 'lora'")
+        _check(self, "liger", not (self.liger and self.compile), "False with `compile`, which fuses the same")
         _check(self, "threads", self.threads is None or self.threads >= 1, "at least 1, or None")
 
     @property

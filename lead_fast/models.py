@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -374,6 +375,26 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
         for module in layer.modules():
             setattr(module, COMPILED_LAYER, (layer,))
         layer.compile(dynamic=True, **options)
+
+
+def liger_layers(model: nn.Module) -> None:
+    """Has liger-kernel compute what it knows of a model's layers; the LM head and the loss stay as they are.
+
+    Its rotary embeddings take the place of those of all models of this architecture in the process.
+
+    Raises:
+        ImportError: it is not installed.
+        ValueError: it does not know the architecture.
+    """
+    if find_spec("liger_kernel") is None:
+        raise ImportError("liger: liger-kernel is not installed; pip install liger-kernel, or leave --liger out")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+    from transformers.integrations.liger import apply_liger_kernel
+
+    causal = causal_lm_of(model)
+    if (kind := causal.config.model_type) not in known:
+        raise ValueError(f"liger: expected a model that liger-kernel knows ({', '.join(sorted(known))}), got {kind}")
+    apply_liger_kernel(causal, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

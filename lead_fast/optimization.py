@@ -29,7 +29,14 @@ from lead_fast.device import to_device
 from lead_fast.files import write_text
 from lead_fast.first_order import FirstOrder
 from lead_fast.lora_linear import fuse_lora
-from lead_fast.models import PackedModel, checkpoint_activations, compile_layers, forward_replaced, trained_parameters
+from lead_fast.models import (
+    PackedModel,
+    checkpoint_activations,
+    compile_layers,
+    forward_replaced,
+    liger_layers,
+    trained_parameters,
+)
 from lead_fast.ops import SampleStats
 from lead_fast.packing import PackedBatch, Sample, balanced_fill, fill, pack, split_evenly, without_supervision
 from lead_fast.ranks import Ranks
@@ -221,6 +228,10 @@ class Optimization:
         optimizer = torch.optim.AdamW(parameters, **options)
         if is_fsdp(accelerator) and not accelerator.is_fsdp2:
             raise TrainingError("FSDP version must be 2 (accelerate launch --fsdp_version 2), got 1")
+        if config.liger:
+            if accelerator.device.type != "cuda":
+                raise TrainingError(f"liger: its kernels need a GPU, got {accelerator.device.type}; leave --liger out")
+            liger_layers(model)
         fuse_lora(model)
         packed = PackedModel(model, check=not is_fsdp(accelerator))
         if config.gradient_checkpointing:
@@ -235,8 +246,8 @@ class Optimization:
             plugin.auto_wrap_policy = plugin.auto_wrap_policy or transformer_auto_wrap_policy
         self.model, self.optimizer = accelerator.prepare(packed, optimizer)
         if not packed.checked:  # its weights are together only while its root is called
-            with forward_replaced(packed, packed.check):
-                packed()
+            with forward_replaced(packed, lambda _: packed.check()):
+                packed(None)  # on a GPU FSDP expects an argument to move there
             reshard(packed)
         if config.compile:
             compile_layers(model)

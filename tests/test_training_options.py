@@ -18,7 +18,7 @@ from lead_fast.demo_pool import demo_rows
 from lead_fast.files import write_jsonl
 from lead_fast.loading import build_model, load_model, save_model
 from lead_fast.lora import add_lora
-from lead_fast.models import PackedModel
+from lead_fast.models import PackedModel, liger_layers
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization, TrainingError, make_accelerator
 from lead_fast.packing import ChatEncoder, pack
@@ -172,6 +172,50 @@ def test_the_options_from_the_command_line(folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 6
     assert main([*options, "--out", str(tmp_path / "full"), "--tuning", "full"]) == 1
     assert "`quantize` must be None unless tuning is 'lora', got '4bit'" in capsys.readouterr().err
+
+
+def test_what_liger_is_needed_for_is_said(tokenizer, monkeypatch):
+    model, config = build_model("tiny", tokenizer, seed=0, device=CPU), TrainConfig(liger=True)
+    accelerator = make_accelerator(config)
+    if accelerator.device.type == "cpu":
+        with pytest.raises(TrainingError, match="its kernels need a GPU, got cpu"):
+            Optimization(model, accelerator, config)
+    with pytest.raises(ValueError, match="`liger` must be False with `compile`"):
+        TrainConfig(liger=True, compile=True)
+    monkeypatch.setattr("lead_fast.models.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="liger-kernel is not installed"):
+        liger_layers(model)
+
+
+def test_liger_refuses_what_it_does_not_know(tokenizer, monkeypatch):
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    model = build_model("tiny", tokenizer, seed=0, device=CPU)
+    model.config.model_type = "gpt_neo"
+    with pytest.raises(ValueError, match=r"expected a model that liger-kernel knows .*llama.*, got gpt_neo"):
+        liger_layers(model)
+
+
+@pytest.mark.cuda
+def test_liger_s_layers_give_the_gradient_of_the_model_s_own(tokenizer, samples):
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    from transformers.models.llama import modeling_llama
+
+    rotary = modeling_llama.apply_rotary_pos_emb
+    try:
+        (loss, expected, _), (again, got, _) = (
+            gradients(
+                add_lora(build_model("tiny", tokenizer, seed=0, device=torch.device("cuda")), rank=4, alpha=16.0, seed=0),
+                samples, precision="bf16", liger=liger,
+            )
+            for liger in (False, True)
+        )  # fmt: skip
+        assert modeling_llama.apply_rotary_pos_emb is not rotary
+    finally:
+        modeling_llama.apply_rotary_pos_emb = rotary
+    torch.testing.assert_close(again, loss, rtol=1e-3, atol=0)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (got[name] - value).norm() <= 3e-2 * value.norm() + 1e-9, name
 
 
 @pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])

@@ -8,6 +8,7 @@ from tokenized samples and make their batches inside the time measured.
 |---|---|
 | lead-fast, LEAD on | `lead_fast.trainer.Optimization` on packed batches; an engine of its own chooses (its choice is not used), observes, steps, ends rounds |
 | lead-fast, LEAD off | the same without an engine and without statistics |
+| ... Liger's layers | LEAD on with `--liger`: norms, rotary embeddings and MLPs by liger-kernel |
 | transformers Trainer | `Trainer` with `DataCollatorForSeq2Seq`: a micro-batch padded to its longest sample, the model's own loss over logits |
 | ... with Liger | the same with `use_liger_kernel=True` |
 | TRL, padding-free | `SFTTrainer` with `padding_free=True`: a micro-batch as one sequence, TRL's own fused head; without flash-attn a mask made of the position ids keeps samples apart, at the price of attention over the whole micro-batch |
@@ -37,10 +38,13 @@ from interleaved import CannotRunError
 from schedule import TASKS_PER_ARM, Schedule, ScheduledRound, packed_optimization, train_steps
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.models.llama import modeling_llama
 
 from lead_fast.packing import IGNORE_INDEX, Sample
 
 LEAD_ON, LEAD_OFF = "lead-fast, LEAD on", "lead-fast, LEAD off"
+LEAD_LIGER = "lead-fast, LEAD on, Liger's layers"
+OURS = (LEAD_ON, LEAD_OFF, LEAD_LIGER)
 TRAINER, LIGER = "transformers Trainer", "transformers Trainer with Liger"
 TRL_FREE, TRL_PADDED = "TRL SFTTrainer, padding-free", "TRL SFTTrainer, padded"
 PUBLISHED = "published style"
@@ -68,9 +72,9 @@ def now(device: str) -> float:
 class LeadFast:
     """This package's loop. `agreed` counts the rounds in which its engine chose the scheduled rows by itself."""
 
-    def __init__(self, schedule: Schedule, model: Any, *, lead: bool) -> None:
+    def __init__(self, schedule: Schedule, model: Any, *, lead: bool, liger: bool = False) -> None:
         self.schedule = schedule
-        self.optimization = packed_optimization(schedule.setting, model)
+        self.optimization = packed_optimization(schedule.setting, model, liger=liger)
         self.engine = schedule.engine(self.optimization.device) if lead else None
         self.agreed = 0
 
@@ -151,12 +155,30 @@ class HostLoop:
         return Trained(self.clock.seconds, output.training_loss)
 
 
-def transformers_trainer(schedule: Schedule, model: Any, *, liger: bool) -> HostLoop:
-    if liger and schedule.setting.device != "cuda":
-        raise CannotRunError("Liger's kernels are Triton: a GPU only")
-    if liger and find_spec("liger_kernel") is None:
-        raise CannotRunError("liger-kernel is not installed")
+class WithLiger:
+    """A contender with Liger's layers. Their rotary embeddings replace those of the process: here for its own rounds alone."""
 
+    def __init__(self, schedule: Schedule, make: Callable[[], Contender]) -> None:
+        if schedule.setting.device != "cuda":
+            raise CannotRunError("Liger's kernels are Triton: a GPU only")
+        if find_spec("liger_kernel") is None:
+            raise CannotRunError("liger-kernel is not installed")
+        own = modeling_llama.apply_rotary_pos_emb
+        try:
+            self.contender = make()
+            self.rotary = modeling_llama.apply_rotary_pos_emb
+        finally:
+            modeling_llama.apply_rotary_pos_emb = own
+
+    def train(self, rnd: ScheduledRound) -> Trained:
+        own, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, self.rotary
+        try:
+            return self.contender.train(rnd)
+        finally:
+            modeling_llama.apply_rotary_pos_emb = own
+
+
+def transformers_trainer(schedule: Schedule, model: Any, *, liger: bool) -> HostLoop:
     def make(options: dict[str, Any]) -> Trainer:
         return ScheduledTrainer(
             model=model, args=TrainingArguments(use_liger_kernel=liger, **options), processing_class=schedule.tokenizer,
@@ -252,8 +274,9 @@ class PublishedStyle:
 CONTENDERS: dict[str, Callable[[Schedule, Any], Contender]] = {
     LEAD_ON: lambda schedule, model: LeadFast(schedule, model, lead=True),
     LEAD_OFF: lambda schedule, model: LeadFast(schedule, model, lead=False),
+    LEAD_LIGER: lambda schedule, model: WithLiger(schedule, lambda: LeadFast(schedule, model, lead=True, liger=True)),
     TRAINER: lambda schedule, model: transformers_trainer(schedule, model, liger=False),
-    LIGER: lambda schedule, model: transformers_trainer(schedule, model, liger=True),
+    LIGER: lambda schedule, model: WithLiger(schedule, lambda: transformers_trainer(schedule, model, liger=True)),
     TRL_FREE: lambda schedule, model: trl_trainer(schedule, model, padding_free=True),
     TRL_PADDED: lambda schedule, model: trl_trainer(schedule, model, padding_free=False),
     PUBLISHED: PublishedStyle,

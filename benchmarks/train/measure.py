@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import CONTENDERS, LEAD_OFF, LEAD_ON, PUBLISHED, Contender, LeadFast, Trained
+from contenders import CONTENDERS, LEAD_OFF, LEAD_ON, OURS, PUBLISHED, Contender, LeadFast, Trained
 from interleaved import CannotRunError, Measured, peak_mib
 from schedule import Schedule, ScheduledRound, build, twin
 from test_estimation_price import Pairs
@@ -56,7 +56,7 @@ class Measurement:
 
     def best_peer(self) -> Result:
         """The fastest of the others, by median; the published style's steps alone count as one."""
-        peers = [result for name, result in self.ran.items() if name not in (LEAD_ON, LEAD_OFF)]
+        peers = [result for name, result in self.ran.items() if name not in OURS]
         return max(peers, key=lambda result: float(np.median(result.tokens_per_second)))
 
 

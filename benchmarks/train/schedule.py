@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -143,7 +143,7 @@ def build(setting: Setting) -> Any:
     """The model that every contender starts from: random weights made on the device, LoRA, transformers' own attention."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "llama", **MODELS[setting.model], max_position_embeddings=2048, tie_word_embeddings=setting.model != "8b",
+        "llama", **MODELS[setting.model], max_position_embeddings=2048, tie_word_embeddings=not setting.model.startswith("8b"),
         bos_token_id=0, eos_token_id=1, pad_token_id=2, use_cache=False,
     )  # fmt: skip
     with torch.device(setting.device):
@@ -156,10 +156,11 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
-def packed_optimization(setting: Setting, model: Any) -> Optimization:
+def packed_optimization(setting: Setting, model: Any, *, liger: bool = False) -> Optimization:
     """This package's optimizer step over packed batches of a model of `build`."""
     prepare_model(model.get_base_model())
-    return Optimization(model, make_accelerator(setting.config), setting.config)
+    config = replace(setting.config, liger=liger)
+    return Optimization(model, make_accelerator(config), config)
 
 
 def train_steps(optimization: Optimization, steps: list[list[PackedBatch]], lr: float, engine: lf.LeadEngine | None) -> float:
