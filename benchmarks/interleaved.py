@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,9 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+@cache
 def machine() -> dict[str, Any]:
-    """What a reader needs to place the numbers."""
+    """What a reader needs to place the numbers, as it was when first asked for."""
     root = Path(__file__).resolve().parents[1]
     commit = os.environ.get("COMMIT") or _output("git", "-C", str(root), "describe", "--always")  # a copy has no repository
     if _output("git", "-C", str(root), "status", "--porcelain", "--", ".", ":!benchmarks/results"):  # what it writes itself
