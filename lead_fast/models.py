@@ -360,6 +360,9 @@ def checkpoint_activations(model: nn.Module) -> None:
 def compile_layers(model: nn.Module, **options: Any) -> None:
     """Compiles each layer by torch.compile, for packed batches of any length.
 
+    Numbers that are no sizes (an epsilon, the scale of attention) become constants, in all that this process compiles: by
+    default a graph of any length takes each as a tensor on the host, and on a GPU compiles C++ beside its kernels.
+
     Args:
         model: a causal LM or a peft model.
         **options: of torch.compile, such as `backend` and `mode`.
@@ -371,6 +374,7 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     lists = [module for module in body_of(causal).modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(f"compile: expected a model with a list of layers, got {type(causal).__name__}")
+    torch._dynamo.config.specialize_float = True
     for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())):
         for module in layer.modules():
             setattr(module, COMPILED_LAYER, (layer,))

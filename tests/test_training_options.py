@@ -18,7 +18,8 @@ from lead_fast.demo_pool import demo_rows
 from lead_fast.files import write_jsonl
 from lead_fast.loading import build_model, load_model, save_model
 from lead_fast.lora import add_lora
-from lead_fast.models import PackedModel, liger_layers
+from lead_fast.lora_linear import fuse_lora
+from lead_fast.models import PackedModel, compile_layers, liger_layers
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization, TrainingError, make_accelerator
 from lead_fast.packing import ChatEncoder, pack
@@ -106,6 +107,23 @@ def test_compiled_layers_give_the_same_gradient_for_any_length(recomputed, token
         optimization.step([pack(samples[:count])], 1e-3)
     assert stats["unique_graphs"] == graphs
     torch._dynamo.reset()
+
+
+def test_a_compiled_layer_takes_no_number_from_the_host(tokenizer, samples):
+    """On a GPU each would be waited for, and compiled as C++: a graph of any length takes floats as tensors by default."""
+    inputs = []
+
+    def backend(graph, examples):
+        inputs.extend(examples)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = add_lora(build_model("tiny", tokenizer, seed=0, device=CPU), rank=4, alpha=1.3, seed=0)
+    fuse_lora(model)
+    compile_layers(model, backend=backend)
+    PackedModel(model, check=False)(pack(samples[:3])).loss.backward()
+    torch._dynamo.reset()
+    assert inputs and all(isinstance(i, torch.SymInt) or i.ndim > 0 for i in inputs)
 
 
 def test_bf16_autocast_is_near_fp32(tokenizer, samples):
