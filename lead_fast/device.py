@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -46,11 +47,24 @@ def scattered(tensor: Tensor) -> Tensor:
     return scattered_zeros(*tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
+_WORDS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
 def copy_to_host(*tensors: Tensor) -> list[Tensor]:
-    """Tensors on the CPU by one copy: each as int64 words, since a copy a tensor would wait as often."""
-    if tensors[0].device.type == "cpu":
+    """Tensors on the CPU: what is on a device by one copy, since a copy a tensor would wait as often."""
+    away = [t for t in tensors if t.device.type != "cpu"]
+    if not away:
         return list(tensors)
-    words = {torch.float64: torch.int64, torch.float32: torch.int32}
-    packed = torch.cat([t.view(words.get(t.dtype, t.dtype)).long() for t in tensors]).cpu()
-    parts = packed.split([len(t) for t in tensors])
-    return [p.to(words.get(t.dtype, t.dtype)).view(t.dtype) for p, t in zip(parts, tensors, strict=True)]
+    copies = iter(from_words(as_words(away).cpu(), away))
+    return [t if t.device.type == "cpu" else next(copies) for t in tensors]
+
+
+def as_words(tensors: Sequence[Tensor]) -> Tensor:
+    """All of them, of any shape, as int64 words in a row; floating point numbers by their bits."""
+    return torch.cat([t.reshape(-1).view(_WORDS.get(t.dtype, t.dtype)).long() for t in tensors])
+
+
+def from_words(words: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What `as_words` of tensors of the shapes and dtypes of `like` has put in a row."""
+    parts = words.split([t.numel() for t in like])
+    return [p.to(_WORDS.get(t.dtype, t.dtype)).view(t.dtype).view(t.shape) for p, t in zip(parts, like, strict=True)]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lead_fast.device import copy_to_host
 from lead_fast.selection import Candidates
 from lead_fast.utility import LossChangeEstimator
 from lead_fast.visits import Record, Visits, collect
@@ -97,7 +98,7 @@ class OpenRound(NamedTuple):
 
 
 class RoundReport:
-    """What a round did. Tensors stay on the device until a property is read."""
+    """What a round did. Tensors stay on the device until a property is read; the first one brings all but the visits."""
 
     def __init__(self, rnd: Round, *, rewards: Tensor, scaled: Tensor, log_weights: Tensor, num_samples: Tensor, loss: Tensor,
                  quarantined: Tensor, estimator: LossChangeEstimator, snapshot: dict[str, Tensor],
@@ -105,14 +106,21 @@ class RoundReport:
         self._rows, self._num_arms = rnd.rows, len(rnd.arms)
         self.number, self.arm, self.arms = rnd.number, rnd.arm, rnd.arms
         self.probs, self.uniforms, self.forced = rnd.probs, rnd.uniforms, rnd.forced
-        self._rewards, self._scaled, self._log_weights = rewards, scaled, log_weights
-        self._num_samples, self._loss, self._quarantined = num_samples, loss, quarantined
+        self._on_device = {"rewards": rewards, "scaled": scaled, "log_weights": log_weights, "num_samples": num_samples,
+                           "loss": loss, "quarantined": quarantined}  # fmt: skip
         self._estimator, self._snapshot, self._visits, self._paired = estimator, snapshot, visits, paired
+
+    @cached_property
+    def _host(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What stayed on the device, and the estimator's snapshot, by one copy."""
+        mine, snapshot = self._on_device, self._snapshot
+        values = copy_to_host(*mine.values(), *snapshot.values())
+        return dict(zip(mine, values, strict=False)), dict(zip(snapshot, values[len(mine) :], strict=True))
 
     @cached_property
     def rewards(self) -> list[float]:
         """Raw reward of each arm drawn; NaN where none of its rows was observed."""
-        return self._rewards[: self._num_arms].tolist()
+        return self._host[0]["rewards"][: self._num_arms].tolist()
 
     @property
     def reward(self) -> float:
@@ -122,27 +130,27 @@ class RoundReport:
     @cached_property
     def scaled_rewards(self) -> list[float]:
         """Rewards in [-1, 1] as the bandit took them; 0 for the first rewards and where there was none."""
-        return self._scaled[: self._num_arms].tolist()
+        return self._host[0]["scaled"][: self._num_arms].tolist()
 
     @cached_property
     def log_weights(self) -> Tensor:
         """The bandit's log weights after the round, fp64 [K] on the CPU."""
-        return self._log_weights.cpu()
+        return self._host[0]["log_weights"]
 
     @cached_property
     def num_samples(self) -> int:
         """Rows of the round that were observed with a finite loss."""
-        return int(self._num_samples)
+        return int(self._host[0]["num_samples"])
 
     @cached_property
     def mean_loss(self) -> float:
         """Mean over those rows of their mean nll per supervised token, as observed."""
-        return float(self._loss)
+        return float(self._host[0]["loss"])
 
     @cached_property
     def quarantined(self) -> list[int]:
         """Rows of the round whose loss was not finite: never chosen again."""
-        return self._rows[self._quarantined.cpu()].tolist()
+        return self._rows[self._host[0]["quarantined"]].tolist()
 
     @property
     def num_quarantined(self) -> int:
@@ -152,7 +160,7 @@ class RoundReport:
     @cached_property
     def calibration(self) -> dict[str, Any]:
         """What the estimator learned so far: its coefficients, the pairs they come from, what still has its prior."""
-        return self._estimator.describe({name: value.cpu() for name, value in self._snapshot.items()})
+        return self._estimator.describe(self._host[1])
 
     @cached_property
     def visits(self) -> Visits | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lead_fast.device import copy_to_host
 from lead_fast.reference_state import BEFORE_ARM, BEFORE_DROP, BEFORE_LOSS, BEFORE_ROUND, BEFORE_ROW, LOSS, ROUND
 from lead_fast.utility import Clocks, LossChangeEstimator, UtilityTable
 
@@ -55,10 +56,11 @@ def collect(records: Sequence[Record], paired: str | None) -> Visits:
     """
     if not records:
         return {}
-    before = torch.cat([record["before"] for record in records], 1)
-    taken = before[BEFORE_ROW] >= 0
-    before = before[:, taken].cpu()
-    rest = {name: torch.cat([record[name] for record in records])[taken].cpu() for name in records[0] if name != "before"}
+    names = [name for name in records[0] if name != "before"]
+    columns = [torch.cat([record[name] for record in records]) for name in names]
+    before, *columns = copy_to_host(torch.cat([record["before"] for record in records], 1), *columns)
+    taken = before[BEFORE_ROW] >= 0  # found on the host: on a device it would be waited for once more
+    before, rest = before[:, taken], {name: column[taken] for name, column in zip(names, columns, strict=True)}
     visits = {
         "row": before[BEFORE_ROW].long(), "arm": before[BEFORE_ARM].short(), "seen_round": before[BEFORE_ROUND].int(),
         "seen_loss": before[BEFORE_LOSS].float(), "observed": rest.pop("observed"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lead_fast import device
-from lead_fast.device import scattered, scattered_zeros, to_fp32
+from lead_fast.device import as_words, copy_to_host, from_words, scattered, scattered_zeros, to_fp32
 
 CPU = torch.device("cpu")
 
@@ -63,3 +63,34 @@ def test_fp32_is_left_as_it_is():
     for other in (torch.rand(5).double(), torch.rand(10)[::2], torch.rand(5).bfloat16()):
         got = to_fp32(other, CPU)
         assert got.dtype == torch.float32 and got.is_contiguous() and torch.equal(got, other.float())
+
+
+MANY = [
+    torch.tensor([1.5, -torch.inf, torch.nan], dtype=torch.float64), torch.tensor(-0.1, dtype=torch.float32),
+    torch.tensor([[True, False], [False, True]]), torch.tensor([-(2**63), 2**63 - 1]), torch.zeros(0, dtype=torch.int32),
+    torch.arange(6, dtype=torch.int16).view(2, 3).T, torch.tensor([-0.7, 3.0], dtype=torch.bfloat16),
+]  # fmt: skip
+
+
+def same(got, expected):
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    assert torch.equal(got, expected) if not got.is_floating_point() else torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_words_keep_every_bit_shape_and_dtype():
+    words = as_words(MANY)
+    assert words.dtype == torch.int64 and len(words) == sum(t.numel() for t in MANY)
+    for got, expected in zip(from_words(words, MANY), MANY, strict=True):
+        same(got, expected)
+
+
+def test_what_is_on_the_host_stays_as_it_is():
+    assert copy_to_host() == [] and all(a is b for a, b in zip(copy_to_host(*MANY), MANY, strict=True))
+
+
+@pytest.mark.cuda
+def test_one_copy_brings_all():
+    there = [t.cuda() if i % 2 else t for i, t in enumerate(MANY)]
+    for got, expected in zip(copy_to_host(*there), MANY, strict=True):
+        assert got.device == CPU
+        same(got, expected)

@@ -27,8 +27,8 @@ INNER = {
     "utility.py": {"device", "state", "reference_state", "selection"},
     "estimators.py": {"utility", "reference_state"},
     "first_order.py": {"device", "rng", "reference_state", "utility"},
-    "visits.py": {"utility", "reference_state"},
-    "rounds.py": {"utility", "selection", "visits"},
+    "visits.py": {"device", "utility", "reference_state"},
+    "rounds.py": {"device", "utility", "selection", "visits"},
     "pool.py": {"files", "rows", "rowfile"},
     "engine.py": {
         "bandit",
