@@ -39,7 +39,7 @@ print(*[name for name in names.split() if find_spec(name) is None])')
 [ -z "$missing" ] || { say "missing: $missing; give their wheels in WHEELS=folder"; exit 1; }
 optional=$("$py" -c '
 from importlib.util import find_spec
-print(*[name for name in "flash_attn trl datasets bitsandbytes".split() if find_spec(name) is None])')
+print(*[name for name in "flash_attn trl datasets bitsandbytes liger_kernel".split() if find_spec(name) is None])')
 [ -z "$optional" ] || say "not there, and so not tested: $optional"
 "$py" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' || { say "setuptools must be 77 or newer"; exit 1; }
 say "building"

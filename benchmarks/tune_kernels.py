@@ -3,9 +3,9 @@
     python benchmarks/tune_kernels.py [--processes 8]      prints a table a kernel, the configuration in use first
 
 Every candidate is compiled first, by several processes into Triton's cache on disk; then each is timed alone: median of
-CUDA events, the inputs written anew before each call, so that nothing is found in L2 that a training step would not leave.
-Beside the milliseconds stand the bytes that the kernel must move, over the time, or the products that it must take.
-Chunks and the single pass are timed on whole calls of the loss.
+CUDA events. Of single kernels the inputs are written anew, or L2 is flushed, before each call; chunks and the single pass are
+timed on whole calls of the loss, which are far larger than L2. Beside the milliseconds stand the bytes that the kernel must
+move, over the time, or the products that it must take.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def median_ms(trial: Trial, repeats: int) -> float:
 
 
 def logits_trial(single_pass: bool) -> Trial:
-    rows = card.chunk_rows(TOKENS, HIDDEN, VOCAB, 2, "sm_90", False)
+    rows = card.chunk_rows(TOKENS, HIDDEN, VOCAB, 2, card.card(torch.device("cuda", 0)), False)
     source = torch.randn(rows, card.padded_row(VOCAB), **BF16)
     logits = torch.empty_like(source)
     labels = torch.randint(VOCAB, (rows,), device="cuda")
@@ -223,10 +223,9 @@ def time_all(repeats: int) -> None:
                 print(f"  refused  {candidate}: {str(error).splitlines()[0]}")
                 continue
             rate = f"{trial.num_bytes / ms / 1e9:6.2f} TB/s" if trial.num_bytes else f"{trial.flops / ms / 1e9:6.1f} TFLOP/s"
-            found.append((ms, f"{ms:8.4f} ms  {rate}  {candidate}"))
-        print(f"  {found[0][1]}  in use")
-        for _, line in sorted(found[1:]):
-            print(f"  {line}")
+            found.append((candidate != current, ms, f"{ms:8.4f} ms  {rate}  {candidate}"))
+        for other, _, line in sorted(found):
+            print(f"  {line}{'' if other else '  in use'}")
         sys.stdout.flush()
         trial = None
         torch.cuda.empty_cache()
@@ -247,5 +246,5 @@ if __name__ == "__main__":
             subprocess.Popen([sys.executable, __file__, "--processes", str(arguments.processes), "--share", str(share)])
             for share in range(arguments.processes)
         ]
-        assert not any(process.wait() for process in compiling)
+        assert not any([process.wait() for process in compiling])
     time_all(arguments.repeats)

@@ -5,10 +5,10 @@
     forward     u = s x A^T        y = x W^T + b        y += u B^T
     backward    v = s g B          dx = g W             dx += v A       dA = v^T x      dB = g^T u
 
-peft's own forward makes seven passes over [T, in] and [T, out] around these products: it casts x to the precision of the
-adapter, which autocast undoes, scales, adds, and keeps a copy of x for each layer that reads it. On a GPU they and their
-launches took longer than a third of an 8B-shape Llama's step; here the products add in place. What is kept for backward is
-x, which layers that read the same share, and u.
+peft's own forward passes over [T, in] and [T, out] again and again around these products: it casts x to the precision of the
+adapter, which autocast undoes, scales, adds, and keeps a copy of x for each layer that reads it. On an H200 that was a fifth
+of an 8B-shape Llama's time a token; here the products add in place. What is kept for backward is x, which layers that read
+the same share, and u.
 
 Accumulation: fp32 in each product; y and dx are rounded twice (after each of their two), dA and dB once, to the precision of
 A and B. Determinism: that of the products.
@@ -80,36 +80,46 @@ def _products(
     return torch.addmm(y, scaling * (x @ a.to(dtype).T), b.to(dtype).T)
 
 
+def _is_watched(module: nn.Module) -> bool:
+    """Something wants the module itself to be called."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
+
+
 class LoraLinear(PeftLinear):
     """peft's layer with the operator in place of its forward, wherever the operator computes the same."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = self._operator_serves(x) if not (args or kwargs) else None
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        name = self._operator_serves() if not (args or kwargs) and x.ndim > 1 else None
         if name is None:
             return super().forward(x, *args, **kwargs)
         base: Any = self.base_layer
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        if not autocast and not dtype == base.weight.dtype == a.dtype == b.dtype:
+            return super().forward(x)  # which takes each product in a precision of its own
         # torch 2.11 compiles the operator to gradients of 0; a compiler finds the products in plain code as well.
         operator: Any = _products if torch.compiler.is_compiling() else _LoraLinear.apply
         y = operator(x.to(dtype).flatten(0, -2), base.weight, base.bias, a, b, self.scaling[name], dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _operator_serves(self, x: Tensor) -> str | None:
+    def _operator_serves(self) -> str | None:
         """The one adapter that is active and plain, or None.
 
-        Hooks on its parts want them called, and so does what gathers weights that are sharded by such hooks.
+        Hooks on its parts, and what replaces their forward, want them called: some gather or load weights by that.
         """
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         (name,) = self.active_adapters
         if name not in self.lora_A or name in self.lora_variant or not isinstance(self.lora_dropout[name], nn.Identity):
             return None
-        a, b, base = self.lora_A[name], self.lora_B[name], self.base_layer
-        if b.bias is not None or any(part._forward_hooks or part._forward_pre_hooks for part in (a, b, base)):
+        base, b = self.base_layer, self.lora_B[name]
+        if b.bias is not None or type(base) is not nn.Linear or any(map(_is_watched, (base, self.lora_A[name], b))):
             return None
-        return None if base.weight.requires_grad else name  # pyright: ignore[reportAttributeAccessIssue]
+        trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+        return None if trained else name
 
 
 def fuse_lora(model: nn.Module) -> int:

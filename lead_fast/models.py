@@ -384,11 +384,12 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
 def liger_layers(model: nn.Module) -> None:
     """Has liger-kernel compute what it knows of a model's layers; the LM head and the loss stay as they are.
 
-    Its rotary embeddings take the place of those of all models of this architecture in the process.
+    Its rotary embeddings take the place of those of all models of this architecture in the process. A model on a GPU is
+    compared with what it was.
 
     Raises:
         ImportError: it is not installed.
-        ValueError: it does not know the architecture.
+        ValueError: it does not know the architecture, or computes something else in it (another activation, say).
     """
     if find_spec("liger_kernel") is None:
         raise ImportError("liger: liger-kernel is not installed; pip install liger-kernel, or leave --liger out")
@@ -398,7 +399,32 @@ def liger_layers(model: nn.Module) -> None:
     causal = causal_lm_of(model)
     if (kind := causal.config.model_type) not in known:
         raise ValueError(f"liger: expected a model that liger-kernel knows ({', '.join(sorted(known))}), got {kind}")
+    module = sys.modules[type(causal).__module__]
+    own = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+    before = _some_hidden(causal)
     apply_liger_kernel(causal, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    vars(module).update(own)  # it has patched this model's own layers; models built later are to be what they were
+    if before is not None and (after := _some_hidden(causal)) is not None:
+        difference = float((after - before).norm() / before.norm())
+        if not difference < 5e-2:
+            raise ValueError(
+                f"liger: the layers of {type(causal).__name__} must compute what liger-kernel's do, got a relative difference "
+                f"of {difference:.2g}; leave --liger out"
+            )
+
+
+@torch.no_grad()
+def _some_hidden(model: PreTrainedModel) -> Tensor | None:
+    """Last hidden states of a few tokens in fp32, where the model is on a GPU."""
+    ids = _some_ids(model, 16)
+    if ids.device.type != "cuda":
+        return None
+    was_training = model.training
+    model.eval()
+    with unsaid():
+        hidden = body_of(model)(input_ids=ids[None], use_cache=False).last_hidden_state.float()
+    model.train(was_training)
+    return hidden
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -293,6 +293,17 @@ def test_the_gradient_scaler_is_part_of_the_state(tmp_path):
         three.restore(Checkpoints(tmp_path).load().state, [])
 
 
+def test_which_implementation_of_adamw_runs_is_the_device_s_own():
+    """A run of a GPU, whose AdamW is one kernel, goes on on a CPU as a run of a CPU does."""
+    state = make()
+    saved = state.capture(train(state, until=two_steps))
+    for group in saved["optimizer"]["groups"]:
+        group["fused"] = True
+    again = make()
+    again.restore(saved, [])
+    assert all(group["fused"] is None for group in again.optimization.optimizer.param_groups)
+
+
 def test_generators_go_on_where_they_were(tmp_path):
     seed_generators(1)
     random.gauss(0, 1)

@@ -89,8 +89,12 @@ def test_what_is_on_the_host_stays_as_it_is():
 
 
 @pytest.mark.cuda
-def test_one_copy_brings_all():
+def test_one_copy_brings_all(monkeypatch):
     there = [t.cuda() if i % 2 else t for i, t in enumerate(MANY)]
+    copies, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor) or cpu(tensor))
+    copy_to_host(*there)
+    assert len(copies) == 1
     for got, expected in zip(copy_to_host(*there), MANY, strict=True):
         assert got.device == CPU
         same(got, expected)

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
 from lead_fast.first_order import LoraSketch, SampleTiles
-from lead_fast.lora_linear import LoraLinear, fuse_lora
+from lead_fast.lora_linear import LoraLinear, _LoraLinear, fuse_lora
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -25,10 +25,10 @@ class Two(nn.Module):
         return self.down(self.up(x) * torch.tanh(self.gate(x)))
 
 
-def adapted(bias=False, names=("default",), device="cpu", **options):
+def adapted(with_bias=False, names=("default",), device="cpu", **options):
     torch.manual_seed(3)
     config = LoraConfig(**({"r": 4, "lora_alpha": 12, "target_modules": ["up", "gate", "down"]} | options))
-    model = get_peft_model(Two(bias), config)
+    model = get_peft_model(Two(with_bias), config)
     for name in names[1:]:
         model.add_adapter(name, config)
     for name, parameter in model.named_parameters():
@@ -52,12 +52,15 @@ def inputs(device="cpu", shape=(1, 30, 24)):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 30, 24), (30, 24), (2, 3, 5, 24)])
-def test_it_is_peft_s_forward(bias, shape):
+def test_it_is_peft_s_forward(bias, shape, monkeypatch):
     plain = adapted(bias).double()
     fused = copy.deepcopy(plain)
     assert fuse_lora(fused) == 3
     x, upstream = (t.double() for t in inputs(shape=shape))
+    calls, apply = [], _LoraLinear.apply
+    monkeypatch.setattr(_LoraLinear, "apply", lambda *args: calls.append(1) or apply(*args))
     expected, got = gradients(plain, x, upstream), gradients(fused, x, upstream)
+    assert len(calls) == 3
     assert len(expected) == 8  # y, x, and two of each layer
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12)
@@ -111,10 +114,13 @@ def test_layers_that_read_one_input_keep_it_once():
     assert kept(fused) <= kept(plain) - 400 * 24 * 2
 
 
-@pytest.mark.parametrize("case", ["dropout", "dora", "two adapters", "disabled", "merged", "trained base"])
+CASES = ["dropout", "dora", "two adapters", "disabled", "merged", "trained base", "trained bias", "other precision", "forward"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_what_it_cannot_do_stays_with_peft(case, monkeypatch):
-    options = {"dropout": {"lora_dropout": 0.5}, "dora": {"use_dora": True}}.get(case, {})
-    plain = adapted(names=("default", "second") if case == "two adapters" else ("default",), **options)
+    options = {"dropout": {"lora_dropout": 0.5}, "dora": {"use_dora": True}, "trained bias": {"bias": "all"}}.get(case, {})
+    plain = adapted(case == "trained bias", ("default", "second") if case == "two adapters" else ("default",), **options)
     fused = copy.deepcopy(plain)
     fuse_lora(fused)
     for model in (plain, fused):
@@ -126,8 +132,14 @@ def test_what_it_cannot_do_stays_with_peft(case, monkeypatch):
             model.merge_adapter()
         if case == "trained base":
             model.requires_grad_(True)
+        if case == "other precision":  # outside autocast: the adapter computes in its own
+            for layer in (model.base_model.model.up, model.base_model.model.gate, model.base_model.model.down):
+                layer.base_layer.bfloat16()
+        if case == "forward":  # what loads weights when a layer is called, say
+            for layer in (model.base_model.model.up, model.base_model.model.gate, model.base_model.model.down):
+                layer.base_layer.forward = layer.base_layer.forward
     monkeypatch.setattr("lead_fast.lora_linear._LoraLinear.apply", None)
-    x, upstream = inputs()
+    x, upstream = (t.bfloat16() if case == "other precision" else t for t in inputs())
     torch.manual_seed(7)
     expected = gradients(plain, x, upstream) if case not in ("disabled", "merged") else {"y": plain(x)}
     torch.manual_seed(7)

@@ -18,7 +18,7 @@ from lead_fast.demo_pool import demo_rows
 from lead_fast.files import write_jsonl
 from lead_fast.loading import build_model, load_model, save_model
 from lead_fast.lora import add_lora
-from lead_fast.lora_linear import fuse_lora
+from lead_fast.lora_linear import LoraLinear, fuse_lora
 from lead_fast.models import PackedModel, compile_layers, liger_layers
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization, TrainingError, make_accelerator
@@ -126,6 +126,27 @@ def test_a_compiled_layer_takes_no_number_from_the_host(tokenizer, samples):
     assert inputs and all(isinstance(i, torch.SymInt) or i.ndim > 0 for i in inputs)
 
 
+def test_lora_layers_run_as_one_operator(tokenizer):
+    model = add_lora(build_model("tiny", tokenizer, seed=0, device=CPU), rank=4, alpha=16.0, seed=0)
+    config = TrainConfig()
+    Optimization(model, make_accelerator(config), config)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 4 * 7 and all(type(layer) is LoraLinear for layer in layers)
+
+
+@pytest.mark.cuda
+def test_a_step_that_the_gradient_scaler_leaves_out_is_told(tokenizer, samples):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = build_model("tiny", tokenizer, seed=0, device=torch.device("cuda"))
+    config = TrainConfig(precision="fp16", tuning="full")
+    optimization = Optimization(model, make_accelerator(config), config)
+    optimization.accelerator.scaler._init_scale = 2.0**40  # the first gradients overflow
+    before = [p.clone() for p in model.parameters()]
+    assert not optimization.step([pack(samples)], 1e-2).taken
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_bf16_autocast_is_near_fp32(tokenizer, samples):
     def model():
         return add_lora(build_model("tiny", tokenizer, seed=0, device=CPU), rank=4, alpha=16.0, seed=0)
@@ -218,7 +239,7 @@ def test_liger_s_layers_give_the_gradient_of_the_model_s_own(tokenizer, samples)
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     from transformers.models.llama import modeling_llama
 
-    rotary = modeling_llama.apply_rotary_pos_emb
+    rotary, norm, mlp = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP
     try:
         (loss, expected, _), (again, got, _) = (
             gradients(
@@ -228,6 +249,7 @@ def test_liger_s_layers_give_the_gradient_of_the_model_s_own(tokenizer, samples)
             for liger in (False, True)
         )  # fmt: skip
         assert modeling_llama.apply_rotary_pos_emb is not rotary
+        assert modeling_llama.LlamaRMSNorm is norm and modeling_llama.LlamaMLP is mlp
     finally:
         modeling_llama.apply_rotary_pos_emb = rotary
     torch.testing.assert_close(again, loss, rtol=1e-3, atol=0)

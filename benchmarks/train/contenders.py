@@ -156,19 +156,19 @@ class HostLoop:
 
 
 class WithLiger:
-    """A contender with Liger's layers. Their rotary embeddings replace those of the process: here for its own rounds alone."""
+    """A contender with Liger's layers. What it replaces of the process is back in its place outside its own rounds."""
 
     def __init__(self, schedule: Schedule, make: Callable[[], Contender]) -> None:
         if schedule.setting.device != "cuda":
             raise CannotRunError("Liger's kernels are Triton: a GPU only")
         if find_spec("liger_kernel") is None:
             raise CannotRunError("liger-kernel is not installed")
-        own = modeling_llama.apply_rotary_pos_emb
+        own = dict(vars(modeling_llama))
         try:
             self.contender = make()
             self.rotary = modeling_llama.apply_rotary_pos_emb
         finally:
-            modeling_llama.apply_rotary_pos_emb = own
+            vars(modeling_llama).update(own)
 
     def train(self, rnd: ScheduledRound) -> Trained:
         own, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, self.rotary

@@ -36,7 +36,7 @@ class Chunking(NamedTuple):
     """Logits of a chunk at most, with dW: each further accumulation reads and writes all of dW once more."""
 
 
-# sm_90 by benchmarks/tune_kernels.py on an H200; the others are guesses.
+# The bytes of sm_90 by benchmarks/tune_kernels.py on an H200; the rest are guesses.
 CHUNKING = {
     "sm_80": Chunking(108, (128, 256), 1 << 30, 4 << 30),  # A100
     "sm_90": Chunking(132, (128, 256), 1 << 30, 4 << 30),  # H100, H200

@@ -224,8 +224,8 @@ LAUNCH = {
 }
 # Registers a thread in `_repair_rows_kernel`: told so, ptxas spills nothing; left to itself it saves some and spills.
 REPAIR_REGISTERS = 64
-# Whether the launcher takes this path. On an H200 it makes the whole loss 3% (frozen head) to 7% (trained) faster; off until it
-# was measured against `logit_rows` on the card.
+# Whether the launcher takes this path. On an H200 it makes the whole loss 3% to 7% faster; off until it was measured against
+# `logit_rows` on the card.
 ENABLED = {"sm_80": False, "sm_90": True, "sm_100": False, "interpreter": False}
 
 
