@@ -29,7 +29,7 @@ R = TypeVar("R")
 COMPILED_LAYER = "lead_fast_compiled_layer"  # (the layer,) as an attribute of its modules: a tuple is no child
 PACKED_ATTENTION = "lead_fast_packed"
 _HALF = (torch.bfloat16, torch.float16)
-_FLASH_HEAD_DIM, _VARLEN_UNIT = 256, 8
+_FLASH_CAPABILITY, _FLASH_HEAD_DIM, _VARLEN_UNIT = (8, 0), 256, 8
 
 
 def packed_attention(
@@ -88,7 +88,7 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 def describe_attention(device: torch.device, dtype: torch.dtype) -> str:
     """What `packed_attention` will run on a device, in words."""
-    if device.type != "cuda" or dtype not in _HALF:
+    if device.type != "cuda" or dtype not in _HALF or not _is_new_enough(device.index):
         return "sample by sample (scaled_dot_product_attention)"
     name = _library()
     return "sample by sample: neither flash-attn nor torch.nn.attention.varlen is there" if name is None else name
@@ -127,8 +127,18 @@ def unsaid() -> Iterator[None]:
 @_constant
 def _library() -> str | None:
     if find_spec("flash_attn") is not None:
-        return "flash-attn"
+        try:
+            _function("flash-attn")
+        except ImportError as error:  # built for another torch, or another package of that name
+            logger.warning("flash-attn is installed, but not to be used: %s", error)
+        else:
+            return "flash-attn"
     return "torch.nn.attention.varlen" if find_spec("torch.nn.attention.varlen") is not None else None
+
+
+@_constant
+def _is_new_enough(device: int | None) -> bool:
+    return torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
 
 
 def _function(library: str) -> Callable[..., Any]:
@@ -154,6 +164,8 @@ def _kernel_for(
     library = _library()
     if library is None:
         return None, "neither flash-attn nor torch.nn.attention.varlen is there"
+    if not _is_new_enough(query.device.index):
+        return None, f"{library} serves cards of compute capability 8.0 and newer"
     if query.dtype not in _HALF:
         return None, f"{library} serves bf16 and fp16, got {str(query.dtype).removeprefix('torch.')}"
     if query.shape[-1] > _FLASH_HEAD_DIM:

@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def make_configs(options: dict[str, Any], *configs: type) -> list[Any]:
     """Instances of the dataclasses from one flat mapping.
 
     Raises:
-        ValueError: an option that none of them has.
+        ValueError: an option that none of them has, or a value of another type; it is named.
     """
     names = {f.name for config in configs for f in dataclasses.fields(config)}
     unknown = sorted(set(options) - names)
@@ -72,12 +73,31 @@ def make_configs(options: dict[str, Any], *configs: type) -> list[Any]:
         raise ValueError(f"config: unknown option {', '.join(unknown)}")
     for config in configs:
         for f in dataclasses.fields(config):
-            value = options.get(f.name)
-            # YAML reads 1e-3 as text: what the command line would make of it is meant.
-            if isinstance(value, str) and not str(f.type).startswith(("str", "bool")):
-                parse = _int_or_float if str(f.type) == "int | float" else _PARSERS[str(f.type)]
-                options = options | {f.name: parse(value)}
+            if f.name in options:
+                options = options | {f.name: _as_typed(f.name, str(f.type).split(" | "), options[f.name])}
     return [config(**{f.name: options[f.name] for f in dataclasses.fields(config) if f.name in options}) for config in configs]
+
+
+def _as_typed(name: str, kinds: list[str], value: Any) -> Any:
+    """A value as YAML or the command line gave it, in a type of its option: YAML reads 1e-3 as text, and people write lists."""
+    if value is None and "None" in kinds:
+        return None
+    if isinstance(value, bool):
+        if "bool" in kinds:
+            return value
+    elif "str" in kinds:
+        if isinstance(value, list):
+            return ",".join(map(str, value))
+        if isinstance(value, str | int | float):
+            return str(value)
+    elif isinstance(value, str | int | float) and "bool" not in kinds:
+        with suppress(ValueError):
+            number = _int_or_float(value) if isinstance(value, str) else value
+            if "float" in kinds:
+                return number if "int" in kinds else float(number)
+            if float(number).is_integer():
+                return int(number)
+    raise ValueError(f"config: `{name}` must be {' or '.join(kinds)}, got {value!r}")
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

@@ -20,7 +20,7 @@ def examine() -> dict[str, Any]:
     """Prints what will be used, and returns it as one JSON object."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    precision = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     libraries = extension.available()
     loss = "reference"
     if cuda and find_spec("triton") is not None:

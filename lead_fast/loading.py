@@ -131,6 +131,25 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _rope(config: Any) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+
+
+def rotary_limit(model: PreTrainedModel) -> int | None:
+    """Tokens of a sample up to which rotary embeddings do not depend on what is packed beside it; None for any length."""
+    config: Any = model.config.get_text_config()
+    limit, limits, rope = getattr(config, "max_position_embeddings", None), list[int](), _rope(config)
+    # Of a model whose layers differ, one of each kind of layer.
+    for kind in rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]:
+        form, original = kind.get("rope_type", kind.get("type")), limit
+        if form == "longrope":
+            trained = kind.get("original_max_position_embeddings")
+            original = trained or getattr(config, "original_max_position_embeddings", None) or limit
+        if form in ("longrope", "dynamic") and original:
+            limits.append(int(original))
+    return min(limits, default=None)
+
+
 def check_length(model: PreTrainedModel, max_length: int) -> None:
     """Compares the longest sample with what the positions of a model are made for.
 
@@ -140,21 +159,14 @@ def check_length(model: PreTrainedModel, max_length: int) -> None:
     """
     config: Any = model.config.get_text_config()
     limit, name = getattr(config, "max_position_embeddings", None), type(model).__name__
-    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # Of a model whose layers differ, one of each kind of layer.
-    for kind in rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]:
-        form, original = kind.get("rope_type", kind.get("type")), limit
-        if form == "longrope":
-            trained = kind.get("original_max_position_embeddings")
-            original = trained or getattr(config, "original_max_position_embeddings", None) or limit
-        if form in ("longrope", "dynamic") and original and max_length > original:
-            raise ValueError(
-                f"max_length: expected at most {original} for {name}, whose rotary embeddings change for all samples of a "
-                f"batch where one is longer, got {max_length}"
-            )
+    if (original := rotary_limit(model)) is not None and max_length > original:
+        raise ValueError(
+            f"max_length: expected at most {original} for {name}, whose rotary embeddings change for all samples of a "
+            f"batch where one is longer, got {max_length}"
+        )
     if limit is None or max_length <= limit:
         return
-    tokens: Any = model.get_input_embeddings()
+    tokens, rope = model.get_input_embeddings(), _rope(config)
     if not rope and any(isinstance(m, nn.Embedding) and m is not tokens for m in body_of(model).modules()):
         raise ValueError(f"max_length: expected at most {limit}, the positions of {name}, got {max_length}")
     logger.warning("max_length %d is beyond the %d positions that the model is made for", max_length, limit)

@@ -140,8 +140,9 @@ def check_head(model: PreTrainedModel) -> None:
 
 def _some_ids(model: PreTrainedModel, count: int, first: int = 0) -> Tensor:
     """[count] token ids where the model lives."""
-    embedding: Any = model.get_input_embeddings()
-    return torch.arange(first, first + count, device=embedding.weight.device) % embedding.num_embeddings
+    weight: Any = model.get_input_embeddings().weight  # of an adapted embedding nothing else is there
+    num_tokens = weight.ds_shape[0] if is_partitioned(weight) else weight.shape[0]
+    return torch.arange(first, first + count, device=weight.device) % num_tokens
 
 
 @torch.no_grad()

@@ -354,6 +354,8 @@ def _unavailable(backend: str, device: str, dtype: torch.dtype) -> str | None:
         return f"it serves CUDA tensors, got {device}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it serves float32, bfloat16 and float16, got {dtype}"
+    if device == "cuda" and (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"it serves cards of compute capability 8.0 and newer, got {'.'.join(map(str, capability))}"
     return None
 
 

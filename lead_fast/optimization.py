@@ -63,7 +63,7 @@ def make_accelerator(config: PrepareConfig) -> Accelerator:
     if precision == "auto" and asked in ("bf16", "fp16"):
         precision = asked
     if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     launched = int(os.environ.get("WORLD_SIZE") or 1)
     zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     # gloo beside NCCL: what hosts tell each other need not wait for the devices.

@@ -14,7 +14,7 @@ from lead_fast.engine import LeadEngine
 from lead_fast.loading import load_tokenizer
 from lead_fast.offline.prepare import PREPARED_FILE, encoded_rows, load_prepared
 from lead_fast.optimization import step_batches
-from lead_fast.packing import ChatEncoder, PackedBatch, Sample
+from lead_fast.packing import ChatEncoder, ConversationError, PackedBatch, Sample
 from lead_fast.pool import Pool
 
 # Rows of a raw pool that are tokenized to fill one batch.
@@ -46,9 +46,15 @@ def show_batch(config: TrainConfig, lead: LeadConfig, *, color: bool) -> tuple[s
         pool, encoder, title = prepared.pool, prepared.encoder(config), "first batch of round 1"
         rows = _first_round(pool, lead)
     elif config.model is not None:
-        pool, tokenizer = Pool.open(config.pool), load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-        encoder = ChatEncoder(tokenizer, config.max_length)
+        on_bad_row: Any = config.on_bad_row
+        pool = Pool.open(config.pool, on_bad_row=on_bad_row)
+        encoder = ChatEncoder(load_tokenizer(config.model, trust_remote_code=config.trust_remote_code), config.max_length)
         rows, title = list(range(min(_RAW_ROWS, len(pool)))), "first rows of the pool, which is not prepared"
+        if config.on_bad_row == "skip":
+            errors = list[ConversationError]()
+            list(encoder.encode(pool.iter_messages(rows), errors=errors))
+            left_out = {error.number for error in errors}
+            rows = [row for row in rows if row not in left_out]
     else:
         raise ValueError("show_batch: expected a prepared pool or --model, whose tokenizer is there already")
     samples = encoded_rows(encoder, pool, rows)

@@ -4,6 +4,7 @@ No kernel runs here: doubles with the exact parameters of each release stand for
 PyTorch. The tests marked cuda call the real one.
 """
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,12 @@ def flash_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     return documented(q, k, v, cu_seqlens_q, causal=causal, scale=softmax_scale, window=window_size, gqa=True, softcap=softcap)
 
 
+@pytest.fixture(autouse=True)
+def _a_card_that_is_new_enough(monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(attention, "_is_new_enough", lambda device: True)
+
+
 RELEASES = {"torch 2.10": torch_2_10, "torch 2.11": torch_2_11, "torch 2.13": torch_2_13, "flash-attn": flash_attn}
 
 
@@ -72,7 +79,7 @@ def kernel(request, monkeypatch):
     monkeypatch.setattr(attention, "_takes", lambda name, parameter: parameter in takes)
     monkeypatch.setattr(attention, "_HALF", (torch.float32,))
     choose = attention._kernel_for
-    as_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float32, shape=(1, 4, 18, 8))
+    as_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda", index=0), dtype=torch.float32, shape=(1, 4, 18, 8))
     monkeypatch.setattr(attention, "_kernel_for", lambda query, *rest: choose(as_gpu, *rest))
     return request.param
 
@@ -98,7 +105,7 @@ def test_every_release_gives_what_each_sample_gets_alone(kernel, num_kv_heads, o
 
 def test_half_precision_alone_reaches_a_kernel(monkeypatch):
     monkeypatch.setattr(attention, "_library", lambda: "torch.nn.attention.varlen")
-    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float32, shape=(1, 4, 18, 64))
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda", index=0), dtype=torch.float32, shape=(1, 4, 18, 64))
     kernel, reason = attention._kernel_for(on_gpu, on_gpu.shape[-1], 0.0, None, None, None)
     assert kernel is None and "serves bf16 and fp16, got float32" in reason
     on_gpu.dtype = torch.bfloat16
@@ -107,11 +114,28 @@ def test_half_precision_alone_reaches_a_kernel(monkeypatch):
     assert "heads of at most 256" in attention._kernel_for(on_gpu, on_gpu.shape[-1], 0.0, None, None, None)[1]
 
 
+def test_cards_before_ampere_reach_no_kernel(monkeypatch):
+    monkeypatch.setattr(attention, "_library", lambda: "torch.nn.attention.varlen")
+    monkeypatch.setattr(attention, "_is_new_enough", lambda device: device != 1)
+    turing = SimpleNamespace(device=SimpleNamespace(type="cuda", index=1), dtype=torch.float16, shape=(1, 4, 18, 64))
+    kernel, reason = attention._kernel_for(turing, 64, 0.0, None, None, None)
+    assert kernel is None and "compute capability 8.0 and newer" in reason
+    assert "sample by sample" in attention.describe_attention(torch.device("cuda", 1), torch.float16)
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_named_and_torch_s_own_taken(tmp_path, monkeypatch, caplog):
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: made for another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert attention._library.__wrapped__() == "torch.nn.attention.varlen"
+    assert "flash-attn is installed, but not to be used: undefined symbol" in caplog.text
+
+
 @pytest.mark.parametrize("library", ["flash-attn", "torch.nn.attention.varlen"])
 def test_head_shapes_that_a_kernel_refuses_reach_none(library, monkeypatch):
     monkeypatch.setattr(attention, "_library", lambda: library)
     monkeypatch.setattr(attention, "_takes", lambda *_: True)
-    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.bfloat16, shape=(1, 4, 18, 192))
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda", index=0), dtype=torch.bfloat16, shape=(1, 4, 18, 192))
     kernel, reason = attention._kernel_for(on_gpu, 128, 0.0, None, None, None)  # multi-head latent attention
     assert kernel is None and "values as wide as keys, got 128 and 192" in reason
     on_gpu.shape = (1, 4, 18, 50)

@@ -217,3 +217,29 @@ def test_yaml_numbers_without_a_point_are_numbers():
     path.write_text("learning-rate: 1e-3\nbudget: 5e-1\nthreads: 2\nmodel: 1e-3\n")
     train, lead = make_configs(read_yaml(path), TrainConfig, LeadConfig)
     assert (train.learning_rate, lead.budget, train.threads, train.model) == (1e-3, 0.5, 2, "1e-3")
+
+
+def test_yaml_lists_and_other_types_are_read_or_named():
+    from lead_fast.cli import make_configs
+    from lead_fast.config import LeadConfig, TrainConfig, read_yaml
+
+    path = Path(os.environ["LEAD_FAST_CACHE"]) / "types.yaml"
+    path.write_text(
+        "lora_targets: [q_proj, v_proj]\nreport_to: [tensorboard, wandb]\nstep_tokens: 2e3\nmax_length: 512.0\nout: 7\n"
+        "budget: 1.0\nweight_decay: 0\nthreads: null\n"
+    )
+    train, lead = make_configs(read_yaml(path), TrainConfig, LeadConfig)
+    assert train.adapted == ["q_proj", "v_proj"] and train.trackers == ["tensorboard", "wandb"]
+    assert (train.step_tokens, train.max_length, train.out, train.threads) == (2000, 512, "7", None)
+    assert isinstance(train.max_length, int) and isinstance(train.weight_decay, float) and isinstance(lead.budget, float)
+    for line, expected in {
+        "compile: 'false'": "`compile` must be bool, got 'false'",
+        "step_tokens: many": "`step_tokens` must be int, got 'many'",
+        "step_tokens: 10.5": "`step_tokens` must be int, got 10.5",
+        "accumulation: true": "`accumulation` must be int, got True",
+        "gamma: [0.1]": "`gamma` must be float, got",
+        "max_length: null": "`max_length` must be int, got None",
+    }.items():
+        path.write_text(line)
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            make_configs(read_yaml(path), TrainConfig, LeadConfig)

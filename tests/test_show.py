@@ -46,6 +46,24 @@ def test_a_raw_pool_shows_its_first_rows_token_by_token(reference, tmp_path):
     assert supervised == summary["supervised_tokens"]
 
 
+def test_bad_rows_are_left_out_where_training_leaves_them_out(reference, tmp_path):
+    reference("lora")
+    model, pool = reference.folder / "prepared-lora" / "model", reference.folder / "pool.jsonl"
+    lines = pool.read_text().splitlines()
+    no_answer = json.dumps({"messages": [{"role": "user", "content": "a question"}]})
+    (tmp_path / "bad.jsonl").write_text("\n".join(["{not json", lines[0], no_answer, *lines[1:]]) + "\n")
+    options = {"pool": str(tmp_path / "bad.jsonl"), "model": str(model), "max_length": 128, "step_tokens": 128}
+    with pytest.raises(ValueError, match=r"bad\.jsonl"):
+        show_batch(TrainConfig(**options), LeadConfig(), color=False)
+    text, _ = show_batch(TrainConfig(**options, on_bad_row="skip"), LeadConfig(), color=False)
+    expected, _ = show_batch(TrainConfig(**{**options, "pool": str(pool)}), LeadConfig(), color=False)
+
+    def tokens(shown):
+        return [line for line in shown.splitlines() if not line.startswith("sample ")]
+
+    assert tokens(text) == tokens(expected)
+
+
 def test_cuts_are_said_and_colour_is_asked_for(reference):
     reference("lora")
     model, pool = reference.folder / "prepared-lora" / "model", reference.folder / "pool.jsonl"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def check_host(op: str, trainer: Any) -> None:
@@ -40,6 +43,9 @@ def check_host(op: str, trainer: Any) -> None:
     ):  # fmt: skip
         if bad:
             raise ValueError(f"{op}: `{name}` must be {expected}")
+    for name in ("save_strategy", "eval_strategy"):
+        if getattr(args, name) == "epoch":
+            logger.warning("%s: a run is one epoch, so `%s` 'epoch' means once, at its end; 'steps' comes more often", op, name)
 
 
 def _prompt_learning(model: Any) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lead_fast.packing import IGNORE_INDEX, ChatEncoder, Sample
+from lead_fast.packing import IGNORE_INDEX, ChatEncoder, ConversationError, CutCounts, Sample
 from lead_fast.pool import Pool
 
 logger = logging.getLogger(__name__)
@@ -41,13 +41,16 @@ class ChatSamples:
             raise ValueError("ChatSamples: `pool` must have text where there is no `train_dataset`, got arrays alone")
         self.encoder = ChatEncoder(tokenizer, max_length)
         rows, bad = np.flatnonzero(~pool.aside), dict[int, str]()
-        for row, messages in zip(rows.tolist(), pool.iter_messages(rows), strict=True):
-            if (reason := self.encoder.template.refusal(messages)) is not None:
-                bad[row] = reason
+        errors = list[ConversationError]()
+        for _ in self.encoder.encode(pool.iter_messages(rows), errors=errors):  # as a round will, which must not end with one
+            pass
+        self.encoder.cuts = CutCounts(max_length=max_length)
+        for error in errors:
+            bad[int(rows[error.number])] = error.reason
         if bad:
             row, reason = next(iter(bad.items()))
             text = (
-                f"the chat template does not render {len(bad):,} of {len(pool):,} rows; the first is {pool.id(row)!r}: {reason}"
+                f"the chat template does not serve {len(bad):,} of {len(pool):,} rows; the first is {pool.id(row)!r}: {reason}"
             )
             if len(bad) == len(rows):
                 raise ValueError(f"ChatSamples: {text}")
@@ -80,10 +83,13 @@ class DatasetSamples:
         collator: makes a batch of one row: `input_ids`, `labels` (input ids, or -100 where unsupervised), and where it pads
             `attention_mask`.
         index: int64 [N], the dataset's index of each row of the pool; None where they are the same.
+        longest: tokens of a sample at most, see `lead_fast.loading.rotary_limit`; None for any.
     """
 
-    def __init__(self, dataset: Any, collator: Callable[[list[Any]], Any], index: np.ndarray | None = None) -> None:
-        self.dataset, self.collator, self.index = dataset, collator, index
+    def __init__(
+        self, dataset: Any, collator: Callable[[list[Any]], Any], index: np.ndarray | None = None, longest: int | None = None
+    ) -> None:
+        self.dataset, self.collator, self.index, self.longest = dataset, collator, index, longest
 
     def __call__(self, rows: Sequence[int]) -> list[Sample]:
         """The samples of `rows`, in their order.
@@ -112,6 +118,11 @@ class DatasetSamples:
         ids, supervised = ids[real], supervised[real]
         if not len(ids):
             raise ValueError(f"train_dataset: row {index} must have a token, got none")
+        if self.longest is not None and len(ids) > self.longest:
+            raise ValueError(
+                f"train_dataset: row {index} must have at most {self.longest} tokens: the rotary embeddings of this model "
+                f"change for all samples of a batch where one is longer, got {len(ids)}; cut the samples"
+            )
         if "position_ids" in batch and not np.array_equal(_flat(batch["position_ids"])[real], np.arange(len(ids))):
             raise ValueError(f"train_dataset: row {index} must be one sample with positions from 0, got other `position_ids`")
         return Sample(ids, supervised, supervised)

@@ -39,7 +39,7 @@ from lead_fast.integrations.checks import check_host
 from lead_fast.integrations.rounds import HostRounds
 from lead_fast.integrations.samples import ChatSamples, DatasetSamples
 from lead_fast.integrations.state_file import load_state, save_state
-from lead_fast.loading import check_length
+from lead_fast.loading import check_length, rotary_limit
 from lead_fast.models import PackedModel, causal_lm_of, compile_layers, forward_replaced, trained_parameters
 from lead_fast.ops import LinearCrossEntropyOutput
 from lead_fast.packing import CutCounts, PackedBatch, Sample
@@ -133,9 +133,10 @@ class LeadRounds(_Host):
     def dataset_samples(self, index: np.ndarray | None = None) -> DatasetSamples:
         """The samples of `train_dataset`, without the columns that the host removes; `index` as `DatasetSamples` takes it."""
         dataset: Any = self.train_dataset
+        collator, longest = self.data_collator, rotary_limit(causal_lm_of(self.model))
         if hasattr(dataset, "column_names"):
-            return DatasetSamples(self._remove_unused_columns(dataset, "training"), self.data_collator, index)
-        return DatasetSamples(dataset, self._get_collator_with_removed_columns(self.data_collator, "training"), index)
+            return DatasetSamples(self._remove_unused_columns(dataset, "training"), collator, index, longest)
+        return DatasetSamples(dataset, self._get_collator_with_removed_columns(collator, "training"), index, longest)
 
     def get_train_dataloader(self) -> DataLoader:
         """Micro-batches of one round after another, without a length.
@@ -274,6 +275,11 @@ class LeadRounds(_Host):
             should_log = self.control.should_log
             self.log(metrics)
             self.control.should_log = should_log  # the host's own line is still due
+        if metrics["lead/quarantined"] and not metrics["lead/samples"]:
+            raise RuntimeError(
+                f"{type(self).__name__}: round {metrics['lead/round']}: the loss of all its {metrics['lead/quarantined']} rows "
+                "is not finite; lower the learning rate, or go on from the last checkpoint in another precision"
+            )
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """The host's schedule; one that it made, of a number of steps that is an estimate, runs on progress instead."""

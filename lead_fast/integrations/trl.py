@@ -72,8 +72,16 @@ class LeadSFTTrainer(LeadRounds, SFTTrainer):
             dropped = index < 0
             logger.warning("%d of %d rows have nothing to learn from after truncation: set aside", dropped.sum(), len(pool))
             pool = pool.with_arrays(aside=pool.aside | dropped)
+        host: Any = self.args
+        lengths = [len(ids) for ids in left.with_format("numpy")["input_ids"]] if host.max_length else []
+        if cut := sum(length >= host.max_length for length in lengths):
+            logger.warning(
+                "%d of %d samples reach max_length %d: the host cuts what is longer by its `truncation_mode`, while the "
+                "utilities of `lead-fast prepare` are of samples whose prompts were cut first", cut, len(kept), host.max_length,
+            )  # fmt: skip
         samples = self.dataset_samples(index)
-        if len(kept) and all(sample.supervised.all() for sample in samples(sorted(kept[:_LOOKED_AT].tolist()))):
+        # A collator that joins samples masks each one's first token.
+        if len(kept) and all(sample.supervised[1:].all() for sample in samples(sorted(kept[:_LOOKED_AT].tolist()))):
             logger.warning(
                 "every token is supervised: the pool's utilities must be losses over all tokens too, or set assistant_only_loss"
             )

@@ -32,6 +32,33 @@ def test_arguments_that_cannot_be_right_are_refused(options, message, tmp_path):
         lead_trainer(tmp_path, **options)
 
 
+def test_an_epoch_is_the_whole_run_which_is_said(tmp_path, caplog):
+    lead_trainer(tmp_path, save_strategy="epoch")
+    assert "`save_strategy` 'epoch' means once, at its end" in caplog.text
+    caplog.clear()
+    lead_trainer(tmp_path, save_strategy="steps")
+    assert "epoch" not in caplog.text
+
+
+def test_samples_that_would_change_their_neighbours_are_refused(tmp_path):
+    """Dynamic rotary embeddings follow the longest sample of a batch."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    trainer = lead_trainer(tmp_path, tiny(rope_parameters=rope, max_position_embeddings=12))
+    rows = TokenRows()
+    short, long = (next(i for i in range(N) if (len(rows[i]["input_ids"]) > 12) == is_long) for is_long in (False, True))
+    samples = trainer._rounds.samples_of
+    assert len(samples([short])) == 1
+    with pytest.raises(ValueError, match=f"row {long} must have at most 12 tokens: the rotary embeddings"):
+        samples([long])
+
+
+def test_an_adapted_embedding_is_no_reason_to_crash(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny(tie_word_embeddings=False), LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+    assert lead_trainer(tmp_path, model)._packed.checked
+
+
 def test_functions_in_the_place_of_the_fused_loss_or_the_model_are_refused(tmp_path):
     made = dict(args=arguments(tmp_path), train_dataset=TokenRows(), pool=array_pool(), lead=CHOICE)
     with pytest.raises(ValueError, match="`compute_loss_func` must be None"):

@@ -196,8 +196,20 @@ def test_what_cannot_be_right_is_refused(tokenizer, tmp_path):
         sft(tmp_path, tokenizer, None)
 
 
-def test_supervising_every_token_is_said(tokenizer, tmp_path, caplog):
-    sft(tmp_path, tokenizer, FORMATS["all tokens"][0])
+def test_samples_that_the_host_cuts_are_counted(tokenizer, tmp_path, caplog):
+    rows = [{"input_ids": list(range(3, 9 + i % 4)), "labels": list(range(3, 9 + i % 4))} for i in range(N)]
+    sft(tmp_path, tokenizer, rows, max_length=8)
+    expected = sum(len(row["input_ids"]) >= 8 for row in rows)
+    assert f"{expected} of {N} samples reach max_length 8: the host cuts what is longer" in caplog.text
+    caplog.clear()
+    sft(tmp_path, tokenizer, rows, max_length=64)
+    assert "reach max_length" not in caplog.text
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_supervising_every_token_is_said(padding_free, tokenizer, tmp_path, caplog):
+    options = {"padding_free": True, "max_length": None} if padding_free else {}
+    sft(tmp_path, tokenizer, FORMATS["all tokens"][0], **options)
     assert "every token is supervised" in caplog.text
     caplog.clear()
     sft(tmp_path, tokenizer, FORMATS["messages"][0], assistant_only_loss=True)

@@ -253,7 +253,7 @@ def test_a_skipped_step_moves_no_clock(tmp_path, monkeypatch):
     assert [call[1] for call in calls if call[0] == "step"] == [0.0, 0.0]
 
 
-def test_a_sample_with_a_nan_changes_no_weight(tmp_path):
+def test_a_nan_changes_no_weight_and_a_whole_round_of_them_ends_the_run(tmp_path):
     model = tiny()
     trainer = lead_trainer(tmp_path, model, max_steps=1)
     before = copy.deepcopy(model.state_dict())
@@ -265,7 +265,8 @@ def test_a_sample_with_a_nan_changes_no_weight(tmp_path):
         return output
 
     hook = model.model.norm.register_forward_hook(poison)
-    trainer.train()
+    with pytest.raises(RuntimeError, match="round 1: the loss of all its 2 rows is not finite"):
+        trainer.train()
     hook.remove()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [call[1] for call in calls if call[0] == "step"] == [0.0]
