@@ -18,16 +18,18 @@ from lead_fast.page import COLORS, figure, page, paragraph, section, table
 
 
 def write_run_report(run: str | Path) -> Path:
-    """Writes report.html of a run folder from its rounds.jsonl and summary.json.
+    """Writes report.html of a run folder from its rounds.jsonl and, of a run that has ended, its summary.json.
 
     Raises:
-        ValueError: the folder is no finished run.
+        ValueError: the folder is no run, or has no round yet.
     """
     folder = Path(run)
-    for name in ("rounds.jsonl", "summary.json"):
-        if not (folder / name).exists():
-            raise ValueError(f"report: {folder} must be the folder of a finished run, but it has no {name}")
-    rounds, summary = read_jsonl(folder / "rounds.jsonl"), json.loads((folder / "summary.json").read_text())
+    if not (folder / "rounds.jsonl").exists():
+        raise ValueError(f"report: {folder} must be the folder of a run, but it has no rounds.jsonl")
+    rounds, ended = read_jsonl(folder / "rounds.jsonl"), (folder / "summary.json").exists()
+    if not (rounds or ended):
+        raise ValueError(f"report: the run in {folder} must have a round that has ended, got none yet")
+    summary = json.loads((folder / "summary.json").read_text()) if ended else _so_far(folder, rounds)
     parts = [paragraph(_run_sentence(summary), "lead"), *_run_warnings(summary)]
     if rounds:
         probs = figure(lambda ax: _plot_probs(ax, rounds), "Probability of each arm before its round's draw.")
@@ -36,18 +38,19 @@ def write_run_report(run: str | Path) -> Path:
         )
         rewards = figure(lambda ax: _plot_reward(ax, rounds), "Reward of each round, in nats, by arm.")
         parts += [section("Arms", probs, draws, _arm_table(summary, rounds)), section("Reward", rewards)]
-    utility = figure(
-        lambda ax: _plot_utility(ax, summary["utility"]),
-        "Utility (IDU) of all rows that may be chosen, before the first round and after the last.",
-    )
-    parts.append(section("Utility", utility))
+    if "utility" in summary:
+        utility = figure(
+            lambda ax: _plot_utility(ax, summary["utility"]),
+            "Utility (IDU) of all rows that may be chosen, before the first round and after the last.",
+        )
+        parts.append(section("Utility", utility))
     if rounds and "step_losses" in rounds[0]:
         steps = figure(
             lambda axes: _plot_steps(axes, rounds), "Each optimizer step: mean nll per supervised token, norm of the gradient "
             "before clipping, learning rate.", height=4.6, panels=(3, 1), sharex=True,
         )  # fmt: skip
         parts.append(section("Steps", steps))
-    if summary["evaluations"]:
+    if summary.get("evaluations"):
         heldout = figure(
             lambda ax: _plot_heldout(ax, {"this run": [summary["evaluations"]]}),
             "Mean over held-out samples of their mean nll per supervised token, over trained tokens.",
@@ -166,10 +169,39 @@ def _plot_heldout(ax: Axes, series: dict[str, list[list[dict[str, Any]]]]) -> No
 # Tables and words
 
 
+def _so_far(folder: Path, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a run that goes on, or was interrupted: what its rounds and its preparation tell of its summary."""
+    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
+    made = [
+        path
+        for path in (folder / "prepared" / "prepare.json", Path(config.get("pool") or "") / "prepare.json")
+        if path.exists()
+    ]
+    prepared = json.loads(made[0].read_text()) if made else {}
+    seconds: dict[str, float] = {}
+    for part, value in (item for r in rounds for item in r["seconds"].items()):
+        seconds[part] = seconds.get(part, 0.0) + value
+    spent = {part: seconds.get(part, 0.0) for part in ("step", "data", "select", "estimate")}
+    tokens, total = sum(r["tokens"] for r in rounds), max(1e-9, sum(spent.values()))
+    return {
+        "unfinished": True, "preset": config.get("preset", "robust"), "rounds": len(rounds), "rows": rounds[-1]["rows_used"],
+        "pool": prepared.get("rows"), "arms": prepared.get("arms"), "preparation": prepared, "trained_tokens": tokens,
+        "optimizer_steps": sum(r["steps"] for r in rounds), "seconds_by_part": seconds, "tokens_per_second": tokens / total,
+        "estimation_share": (spent["estimate"] + spent["select"]) / total,
+        "peak_mib": max(r["performance"]["peak_mib"] for r in rounds),
+        "warmup_tokens": prepared.get("warmup", {}).get("tokens", 0),
+        "scoring_tokens": prepared.get("scoring", {}).get("tokens", 0),
+        "audit_tokens": sum(r.get("audit", {}).get("tokens", 0) for r in rounds),
+        "warnings": [warning for r in rounds for warning in r.get("warnings", ())],
+    }  # fmt: skip
+
+
 def _run_sentence(summary: dict[str, Any]) -> str:
+    pool = f" of {summary['pool']:,}" if summary["pool"] is not None else ""
     text = (
-        f"Preset {summary['preset']}: {summary['rounds']:,} rounds, {summary['rows']:,} of {summary['pool']:,} rows, "
-        f"{summary['trained_tokens']:,} trained tokens in {summary['optimizer_steps']:,} optimizer steps."
+        f"{'Not finished. So far, p' if summary.get('unfinished') else 'P'}reset {summary['preset']}: {summary['rounds']:,} "
+        f"rounds, {summary['rows']:,}{pool} rows, {summary['trained_tokens']:,} trained tokens in "
+        f"{summary['optimizer_steps']:,} optimizer steps."
     )
     if summary.get("heldout_loss_before") is not None:
         text += f" Held-out loss {summary['heldout_loss_before']:.4f} before, {summary['heldout_loss_after']:.4f} after."
@@ -178,8 +210,8 @@ def _run_sentence(summary: dict[str, Any]) -> str:
 
 def _run_warnings(summary: dict[str, Any]) -> list[str]:
     warnings = []
-    reach = summary["arm_probability_reachable"]
-    if summary["rounds"] < 100:
+    if summary["rounds"] < 100 and not summary.get("unfinished"):
+        reach = summary["arm_probability_reachable"]
         warnings.append(
             f"{summary['rounds']} rounds are few for a bandit: with the best reward every time, one arm could have reached a "
             f"probability of {reach:.2f} at most. The arms visited are close to a lottery."

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from lead_fast.cli import main
 from lead_fast.demo_pool import demo_rows
 from lead_fast.files import read_jsonl, write_jsonl
+from lead_fast.report import write_run_report
 
 OPTIONS = [
     "--model-config", "tiny", "--pretrain-epochs", "2", "--max-length", "128", "--step-tokens", "512",
@@ -99,6 +100,25 @@ def test_the_run_folder_holds_what_a_run_is(run):
     html = (run / "report.html").read_text()
     assert html.count("<svg") >= 4 and "<script" not in html
     assert not re.search(r'(src|href)="(?!#)', html)  # nothing is fetched
+
+
+def test_a_run_that_goes_on_has_a_report_of_its_rounds_so_far(run, tmp_path):
+    part = tmp_path / "part"
+    part.mkdir()
+    with pytest.raises(ValueError, match=r"must be the folder of a run, but it has no rounds\.jsonl"):
+        write_run_report(part)
+    (part / "rounds.jsonl").write_text("")
+    with pytest.raises(ValueError, match="must have a round that has ended, got none yet"):
+        write_run_report(part)
+    lines = (run / "rounds.jsonl").read_text().splitlines()[:3]
+    (part / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    (part / "config.yaml").write_text((run / "config.yaml").read_text())
+    (part / "prepared").mkdir()
+    (part / "prepared" / "prepare.json").write_text((run / "prepared" / "prepare.json").read_text())
+    html, rounds = write_run_report(part).read_text(), [json.loads(line) for line in lines]
+    pool, tokens = json.loads((run / "summary.json").read_text())["pool"], sum(r["tokens"] for r in rounds)
+    assert f"3 rounds, {rounds[-1]['rows_used']} of {pool} rows, {tokens:,} trained tokens" in html
+    assert "Not finished. So far, preset" in html and html.count("<svg") >= 4 and "mean difficulty" in html
 
 
 def test_the_trained_adapter_loads_with_peft_alone(run):
