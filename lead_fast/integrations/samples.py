@@ -50,7 +50,7 @@ class ChatSamples:
         if bad:
             row, reason = next(iter(bad.items()))
             text = (
-                f"the chat template does not serve {len(bad):,} of {len(pool):,} rows; the first is {pool.id(row)!r}: {reason}"
+                f"the chat template does not render {len(bad):,} of {len(pool):,} rows; the first is {pool.id(row)!r}: {reason}"
             )
             if len(bad) == len(rows):
                 raise ValueError(f"ChatSamples: {text}")

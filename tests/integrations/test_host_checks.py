@@ -1,7 +1,9 @@
 """What a front end refuses, and how it says so; how a round is cut into steps."""
 
+import json
 import types
 
+import numpy as np
 import pytest
 import torch
 from host_runs import CHOICE, N, TokenRows, arguments, array_pool, lead_trainer, tiny, words_tokenizer
@@ -12,8 +14,9 @@ from transformers import DataCollatorForLanguageModeling
 
 import lead_fast as lf
 from lead_fast.integrations.rounds import HostRounds
-from lead_fast.integrations.samples import DatasetSamples
+from lead_fast.integrations.samples import ChatSamples, DatasetSamples
 from lead_fast.integrations.transformers import LeadTrainer
+from lead_fast.packing import ChatEncoder
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,23 @@ def test_an_adapted_embedding_is_no_reason_to_crash(tmp_path):
 
     model = get_peft_model(tiny(tie_word_embeddings=False), LoraConfig(target_modules=["q_proj", "embed_tokens"]))
     assert lead_trainer(tmp_path, model)._packed.checked
+
+
+def test_a_row_whose_answer_the_template_does_not_write_is_set_aside_before_any_round(tmp_path, caplog):
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content != 'some' %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    )
+    answers = ["some words", "some", "words to learn from"]
+    with (tmp_path / "pool.jsonl").open("w") as file:
+        for answer in answers:
+            turns = [{"role": "user", "content": "some words"}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"id": answer, "messages": turns}) + "\n")
+    pool = lf.Pool.from_jsonl(tmp_path / "pool.jsonl").with_arrays(arm=np.zeros(3, int), utility=np.ones(3, np.float32))
+    assert ChatEncoder(tokenizer, 64).template.refusal(pool.messages(1)) is None
+    samples = ChatSamples(pool, tokenizer, 64)
+    assert samples.pool.aside.tolist() == [False, True, False] and "1 of 3 rows; the first is 'some'" in caplog.text
+    assert len(samples([0, 2])) == 2 and samples.encoder.cuts.samples == 2
 
 
 def test_functions_in_the_place_of_the_fused_loss_or_the_model_are_refused(tmp_path):
