@@ -7,6 +7,7 @@ PyTorch. The tests marked cuda call the real one.
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -15,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lead_fast import attention
 from lead_fast.attention import packed_attention, per_sample_attention
 from lead_fast.loading import build_model
+from lead_fast.models import PackedModel
 from lead_fast.offline.pretrain import train_tokenizer
+from lead_fast.packing import Sample, pack
 
 BOUNDS = torch.tensor([0, 5, 6, 18], dtype=torch.int32)
 
@@ -112,6 +115,17 @@ def test_half_precision_alone_reaches_a_kernel(monkeypatch):
     assert attention._kernel_for(on_gpu, on_gpu.shape[-1], 0.0, None, None, None) == (attention._varlen, None)
     on_gpu.shape = (1, 4, 18, 320)
     assert "heads of at most 256" in attention._kernel_for(on_gpu, on_gpu.shape[-1], 0.0, None, None, None)[1]
+
+
+def test_what_a_model_s_check_runs_sample_by_sample_is_not_said(monkeypatch, caplog):
+    """The check of fp32 weights runs without autocast, and says nothing of how they are trained."""
+    monkeypatch.setattr(attention, "_say_once", attention._say_once.__wrapped__)
+    monkeypatch.setattr(attention, "_kernel_for", lambda *_: (None, "the reason"))
+    tokenizer = train_tokenizer(["some words " * 9], 300)
+    model = PackedModel(build_model("tiny", tokenizer, seed=0, device=torch.device("cpu")))
+    assert "sample by sample" not in caplog.text
+    model(pack([Sample(np.arange(3, 9), np.ones(6, bool), np.ones(6, bool))]))
+    assert "attention runs sample by sample: the reason" in caplog.text
 
 
 def test_cards_before_ampere_reach_no_kernel(monkeypatch):

@@ -9,6 +9,7 @@ from same_run import rounds_of
 
 from lead_fast.cli import main
 from lead_fast.config import LeadConfig, TrainConfig
+from lead_fast.loading import load_tokenizer
 from lead_fast.pool import Pool
 from lead_fast.show import show_batch
 
@@ -49,10 +50,19 @@ def test_a_raw_pool_shows_its_first_rows_token_by_token(reference, tmp_path):
 def test_bad_rows_are_left_out_where_training_leaves_them_out(reference, tmp_path):
     reference("lora")
     model, pool = reference.folder / "prepared-lora" / "model", reference.folder / "pool.jsonl"
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     lines = pool.read_text().splitlines()
-    no_answer = json.dumps({"messages": [{"role": "user", "content": "a question"}]})
-    (tmp_path / "bad.jsonl").write_text("\n".join(["{not json", lines[0], no_answer, *lines[1:]]) + "\n")
-    options = {"pool": str(tmp_path / "bad.jsonl"), "model": str(model), "max_length": 128, "step_tokens": 128}
+    refused = json.dumps({"messages": [{"role": "system", "content": "x"}, *json.loads(lines[0])["messages"]]})
+    (tmp_path / "bad.jsonl").write_text("\n".join([lines[0], refused, *lines[1:]]) + "\n")
+    options = {"pool": str(tmp_path / "bad.jsonl"), "model": str(tmp_path / "tokenizer"), "max_length": 128, "step_tokens": 128}
+    with pytest.raises(ValueError, match="no system role"):
+        show_batch(TrainConfig(**options), LeadConfig(), color=False)
+    (tmp_path / "bad.jsonl").write_text("\n".join(["{not json", lines[0], refused, *lines[1:]]) + "\n")
     with pytest.raises(ValueError, match=r"bad\.jsonl"):
         show_batch(TrainConfig(**options), LeadConfig(), color=False)
     text, _ = show_batch(TrainConfig(**options, on_bad_row="skip"), LeadConfig(), color=False)
