@@ -207,3 +207,11 @@ def test_backward_twice_through_one_graph() -> None:
     second = torch.autograd.grad(loss, leaves, torch.tensor(3.0))
     for once, thrice in zip(first, second, strict=True):
         torch.testing.assert_close(thrice, 3 * once)
+
+
+@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_triton_s_kernels_are_for_ampere_and_newer(capability, serves, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(ops, "_HAS_TRITON", True)
+    why = ops._unavailable("triton", "cuda", torch.bfloat16)
+    assert (why is None) == serves and (serves or "compute capability 8.0 and newer, got 7.5" in why)
