@@ -1,7 +1,7 @@
 # Every target sets itself up: a virtual environment in .venv, torch, the package with its extension (.ci/setup.sh).
 #   make test TORCH=torch==2.12.0 TORCH_INDEX_URL=... PYTHON=python3.12
 
-.PHONY: demo test test-kill bench gpu gpu-price gpu-train lint clean
+.PHONY: demo test test-kill bench gpu gpu-price gpu-train gpu-tune lint clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -34,6 +34,10 @@ gpu-price:
 # After `make gpu`: this loop beside Trainer, TRL and a loop in the published style, on an 8B-shape Llama.
 gpu-train:
 	.venv-gpu/bin/python benchmarks/train/test_train.py --device cuda
+
+# After `make gpu`: launch configurations of the Triton kernels on this card, for their tables.
+gpu-tune:
+	.venv-gpu/bin/python benchmarks/tune_kernels.py
 
 lint:
 	@.ci/setup.sh dev,test
