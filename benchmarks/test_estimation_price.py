@@ -105,7 +105,7 @@ class Timed:
         return time.perf_counter() - start, result
 
 
-def make(setting: Setting) -> tuple[lf.LeadEngine, Optimization, TrainConfig, Callable[[int], Sample]]:
+def make(setting: Setting, **options: Any) -> tuple[lf.LeadEngine, Optimization, TrainConfig, Callable[[int], Sample]]:
     shape = SHAPES[setting.model]
     dtype = torch.bfloat16 if setting.device == "cuda" else torch.float32
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def make(setting: Setting) -> tuple[lf.LeadEngine, Optimization, TrainConfig, Ca
         model = add_lora(model, rank=64, alpha=16.0, seed=0)
     train = TrainConfig(
         step_tokens=setting.step_tokens, accumulation=setting.accumulation, tuning=setting.tuning, precision="auto",
-        learning_rate=1e-5,
+        learning_rate=1e-5, **options,
     )  # fmt: skip
     g = np.random.default_rng(0)
     pool = lf.Pool.from_arrays(
@@ -211,6 +211,15 @@ def test_the_price_of_a_few_steps(benchmark: Any) -> None:
     price, low, high = pairs.price()
     assert low <= price <= high
     benchmark.extra_info["price"] = price
+
+
+def test_a_profile_of_a_step_names_its_parts(monkeypatch: Any, capsys: Any) -> None:
+    import profile_step
+
+    monkeypatch.setattr("sys.argv", ["profile_step.py", "--model", "tiny", "--tokens", "512"])
+    profile_step.main()
+    out = capsys.readouterr().out
+    assert "tiny, at most 512 tokens" in out and "aten::mm" in out and "_LoraLinearBackward" in out
 
 
 @pytest.mark.parametrize("true", [0.0, 0.05])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 
 from lead_fast.config import LeadConfig, TrainConfig, read_yaml
 from lead_fast.files import read_jsonl, write_text
+from lead_fast.metrics import TRAINING_PARTS
 from lead_fast.page import COLORS, figure, page, paragraph, section, table
 
 
@@ -178,10 +180,10 @@ def _so_far(folder: Path, rounds: list[dict[str, Any]]) -> dict[str, Any]:
         if path.exists()
     ]
     prepared = json.loads(made[0].read_text()) if made else {}
-    seconds: dict[str, float] = {}
-    for part, value in (item for r in rounds for item in r["seconds"].items()):
-        seconds[part] = seconds.get(part, 0.0) + value
-    spent = {part: seconds.get(part, 0.0) for part in ("step", "data", "select", "estimate")}
+    seconds = Counter[str]()
+    for r in rounds:
+        seconds.update(r["seconds"])
+    spent = {part: seconds[part] for part in TRAINING_PARTS}
     tokens, total = sum(r["tokens"] for r in rounds), max(1e-9, sum(spent.values()))
     return {
         "unfinished": True, "preset": config.get("preset", "robust"), "rounds": len(rounds), "rows": rounds[-1]["rows_used"],

@@ -65,14 +65,6 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def refusal(self, messages: Messages) -> str | None:
-        """Why the template cannot render a conversation; None where it can."""
-        try:
-            self.render(messages)
-        except ValueError as error:
-            return str(error)
-        return None
-
     def turns(self, messages: Messages) -> tuple[str, list[Turn]]:
         """The text up to the end of the last answer, and the assistant's turns in it.
 

@@ -73,7 +73,7 @@ def test_a_row_whose_answer_the_template_does_not_write_is_set_aside_before_any_
             turns = [{"role": "user", "content": "some words"}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"id": answer, "messages": turns}) + "\n")
     pool = lf.Pool.from_jsonl(tmp_path / "pool.jsonl").with_arrays(arm=np.zeros(3, int), utility=np.ones(3, np.float32))
-    assert ChatEncoder(tokenizer, 64).template.refusal(pool.messages(1)) is None
+    assert ChatEncoder(tokenizer, 64).template.render(pool.messages(1)) == "user: some words\n"  # it refuses nothing
     samples = ChatSamples(pool, tokenizer, 64)
     assert samples.pool.aside.tolist() == [False, True, False] and "1 of 3 rows; the first is 'some'" in caplog.text
     assert len(samples([0, 2])) == 2 and samples.encoder.cuts.samples == 2
