@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -73,8 +74,9 @@ class LeadSFTTrainer(LeadRounds, SFTTrainer):
             logger.warning("%d of %d rows have nothing to learn from after truncation: set aside", dropped.sum(), len(pool))
             pool = pool.with_arrays(aside=pool.aside | dropped)
         host: Any = self.args
-        lengths = [len(ids) for ids in left.with_format("numpy")["input_ids"]] if host.max_length else []
-        if cut := sum(length >= host.max_length for length in lengths):
+        ids = left.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+        lengths = pc.list_value_length(ids).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]  made at import
+        if host.max_length and (cut := int((lengths >= host.max_length).sum())):
             logger.warning(
                 "%d of %d samples reach max_length %d: the host cuts what is longer by its `truncation_mode`, while the "
                 "utilities of `lead-fast prepare` are of samples whose prompts were cut first", cut, len(kept), host.max_length,
