@@ -27,6 +27,7 @@ from interleaved import Call, CannotRunError, Measured, interleave, machine
 
 import lead_fast as lf
 from lead_fast.reference_state import CHOOSE, LOSS, PREVIOUS, PROXY, QUARANTINED, STEP, USES
+from lead_fast.utility import end_round
 
 NUM_ARMS, TASKS, RATE, BATCH, ROUND_ROWS = 7, 50, 0.015, 64, 1000
 SIZES = (10**5, 10**6, 10**7, 10**8)
@@ -58,7 +59,8 @@ class Bench:
         arm = torch.zeros(1, dtype=torch.int64, device=device)
         for _ in range(200):
             engine.clocks.step(1e-4, 2000.0, arm)
-        engine.clocks.end_round()
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        end_round(table, engine.clocks, engine.estimator, none, none.float(), none, 0.1, fall_of_utility=False)
         fit = engine.estimator.fit  # pyright: ignore[reportAttributeAccessIssue]
         fit[0, 0:4] = torch.tensor([0.5, 0.8, 0.3, 0.1], dtype=torch.float64)
         rows = torch.from_numpy(g.integers(0, num_rows, (64, BATCH)))

@@ -28,6 +28,28 @@ def exp3_update(
     share: float,
 ) -> NDArray[np.float64]: ...
 def scale_rewards(scale: NDArray[np.float64], rewards: NDArray[np.float64]) -> NDArray[np.float64]: ...
+def bandit_draw(
+    log_w: NDArray[np.float64],
+    counts: NDArray[np.float64],
+    sums: NDArray[np.float64],
+    mask: NDArray[np.bool_],
+    uniforms: NDArray[np.float64],
+    gamma: float,
+    variant: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]: ...
+def bandit_update(
+    log_w: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    counts: NDArray[np.float64],
+    sums: NDArray[np.float64],
+    mask: NDArray[np.bool_],
+    arms: NDArray[np.int64],
+    rewards: NDArray[np.float64],
+    probs: NDArray[np.float64],
+    gamma: float,
+    variant: int,
+    share: float,
+) -> NDArray[np.float64]: ...
 def observe(
     rows: NDArray[np.int64],
     loss: NDArray[np.float32],
@@ -84,6 +106,31 @@ def calibrate(
     prior_pairs: float,
     min_pairs: float,
 ) -> None: ...
+def mark_chosen(
+    rows: NDArray[np.int64],
+    position: NDArray[np.int32],
+    arm: NDArray[np.int16],
+    flags: NDArray[np.uint8],
+    left: NDArray[np.int64],
+    max_uses: int,
+) -> None: ...
+def end_round(
+    rows: NDArray[np.int64],
+    begin_idu: NDArray[np.float32],
+    drop: NDArray[np.float32] | None,
+    arms: NDArray[np.int64],
+    position: NDArray[np.int32],
+    arm: NDArray[np.int16],
+    values: NDArray[np.float32],
+    seen: NDArray[np.int32],
+    flags: NDArray[np.uint8],
+    coefficients: NDArray[np.float64],
+    by_round: bool,
+    smoothing: float,
+    fall_of_utility: bool,
+    counters: NDArray[np.int64],
+    unit: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]: ...
 def rank(
     arm_drawn: NDArray[np.int64],
     group_offsets: NDArray[np.int64],

@@ -1,13 +1,12 @@
 """The EXP3 family over difficulty arms, in log weights (section 5).
 
-The arithmetic is that of the operators `exp3_probs`, `exp3_draw`, `exp3_update` and `scale_rewards`
-(`lead_fast.reference_state`), fp64 throughout, so that a run is reproducible from its log. The functions here take one arm
-and plain numbers; `Bandit` holds the state on a device and names the variants.
+The arithmetic is that of the operators `exp3_probs`, `exp3_draw` and `exp3_update`, and of `bandit_draw` and
+`bandit_update`, which do it on a state (`lead_fast.reference_state`): fp64 throughout, so that a run is reproducible from
+its log. The functions here take one arm and plain numbers; `Bandit` holds the state on a device and names the variants.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -107,6 +106,7 @@ class Bandit:
         if variant not in VARIANTS:
             raise ValueError(f"Bandit: `variant` must be one of {', '.join(VARIANTS)}, got {variant!r}")
         self.variant, self.gamma, self.share = variant, gamma, share
+        self._place = VARIANTS.index(variant)
         self.log_w = torch.zeros(num_arms, dtype=torch.float64, device=device)
         self.scale = torch.zeros(3, dtype=torch.float64, device=device)  # count, mean, sum of squared deviations
         self.counts = torch.zeros(num_arms, dtype=torch.float64, device=device)
@@ -114,13 +114,7 @@ class Bandit:
 
     def probs(self, mask: Tensor) -> Tensor:
         """Probabilities of the next draw, fp64 [K]; `mask` is the set A, bool [K]. All 0 where A is empty."""
-        if self.variant == "uniform":
-            return torch.ops.lead_fast.exp3_probs(torch.zeros_like(self.log_w), mask, 0.0)
-        if self.variant == "greedy":
-            means = torch.where(self.counts > 0, self.sums / self.counts.clamp_min(1.0), math.inf)  # untried arms first
-            best = means.masked_fill(~mask, -math.inf).argmax()
-            return (torch.arange(len(means), device=means.device) == best).double() * mask
-        return torch.ops.lead_fast.exp3_probs(self.log_w, mask, 0.0 if self.variant == "exp3_ix" else self.gamma)
+        return self.draw(mask, self.log_w[:0])[2]
 
     def draw(self, mask: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draws one arm for each of `uniforms`, fp64 [m], without replacement.
@@ -129,25 +123,16 @@ class Bandit:
             arms, int64 [m], -1 where no arm was left; the probability each was drawn with, fp64 [m], min(1, m * P_k): exact
             for m = 1, an upper bound otherwise; all probabilities, fp64 [K].
         """
-        probs = self.probs(mask)
-        arms = torch.ops.lead_fast.exp3_draw(probs, uniforms)
-        drawn = arms >= 0
-        return arms, (drawn.sum() * probs[arms.clamp_min(0)]).clamp_max(1.0), probs
+        return torch.ops.lead_fast.bandit_draw(self.log_w, self.counts, self.sums, mask, uniforms, self.gamma, self._place)
 
     def update(self, mask: Tensor, arms: Tensor, probs: Tensor, rewards: Tensor) -> Tensor:
         """Takes the raw rewards of `arms`, drawn with `probs`, all [m]; returns them scaled to [-1, 1], fp64 [m].
 
         An arm of -1 or a reward of NaN counts as nothing.
         """
-        rewards = torch.where(arms >= 0, rewards.double(), math.nan)
-        counted = ~rewards.isnan()
-        scaled = torch.ops.lead_fast.scale_rewards(self.scale, rewards)
-        self.counts.index_add_(0, arms.clamp_min(0), counted.double())
-        self.sums.index_add_(0, arms.clamp_min(0), rewards.nan_to_num(0.0))
-        effective = torch.where(counted, scaled, math.nan)
-        place = VARIANTS.index(self.variant)
-        self.log_w = torch.ops.lead_fast.exp3_update(self.log_w, mask, arms, effective, probs, self.gamma, place, self.share)
-        return scaled
+        return torch.ops.lead_fast.bandit_update(
+            self.log_w, self.scale, self.counts, self.sums, mask, arms, rewards, probs, self.gamma, self._place, self.share
+        )
 
     def reachable(self, num_rounds: int) -> float:
         """The largest probability that one of K arms could have after `num_rounds` rounds, each as good for it as can be.

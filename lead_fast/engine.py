@@ -30,10 +30,6 @@ from lead_fast.pool import Pool
 from lead_fast.ranks import Observation, Shards, observations_of
 from lead_fast.reference_state import (
     CHOOSE,
-    IDU,
-    LOSS,
-    QUARANTINED,
-    ROUND,
     STREAM_ARM,
     STREAM_FIRST,
     STREAM_ROWS,
@@ -48,6 +44,7 @@ from lead_fast.utility import (
     LossChangeEstimator,
     UtilityTable,
     WeightChange,
+    end_round,
     estimator_class,
     has_own_drop,
     show,
@@ -231,24 +228,17 @@ class LeadEngine:
             change = (now := self._weights.snapshot()) - begin_weights.to(now.device)
         for estimator in self.estimators.values():
             estimator.end_round(clocks, arms, first_step, change)
-        at = table.position[rows].long()
-        barred = table.flags[QUARANTINED, at] != 0
-        seen = (table.seen[ROUND, at] == rnd.number) & ~barred
-        idu, expected = utility(table, clocks, self.estimator, rows, self.config.smoothing)
-        table.values[IDU, at] = torch.where(seen, idu, table.values[IDU, at])
-        loss = table.values[LOSS, at].double()
-        gain = begin_idu.double() - idu if self.config.reward == "idu" else loss - expected
-        in_arm = (table.arm[at] == arms[:, None]) & seen
-        rewards = torch.where(in_arm, gain, 0.0).sum(1) / in_arm.sum(1)
+        rewards, summary, quarantined = end_round(
+            table, clocks, self.estimator, rows, begin_idu, arms, self.config.smoothing,
+            fall_of_utility=self.config.reward == "idu",
+        )  # fmt: skip
         scaled = self.bandit.update(mask, arms, arm_probs, rewards)
-        clocks.end_round()
         for estimator in self.estimators.values():
             estimator.calibrate(clocks)
         self._round = None
         return RoundReport(
-            rnd, rewards=rewards, scaled=scaled, log_weights=self.bandit.log_w.clone(), num_samples=seen.sum(),
-            loss=torch.where(seen, loss, 0.0).sum() / seen.sum(), quarantined=barred,
-            estimator=self.estimator, snapshot=self.estimator.snapshot(clocks),
+            rnd, rewards=rewards, scaled=scaled, log_weights=self.bandit.log_w.clone(), summary=summary,
+            quarantined=quarantined, estimator=self.estimator, snapshot=self.estimator.snapshot(clocks),
             visits=visits if self.record_visits else None, paired=self._paired,
         )  # fmt: skip
 

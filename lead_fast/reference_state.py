@@ -31,6 +31,15 @@ import math
 import torch
 from torch import Tensor
 
+from lead_fast.reference_bandit import (  # noqa: F401, the operators of the state are one namespace
+    VARIANTS,
+    bandit_draw,
+    bandit_update,
+    exp3_draw,
+    exp3_probs,
+    exp3_update,
+    scale_rewards,
+)
 from lead_fast.rng import philox_uniform_reference
 
 LOSS, IDU, PREVIOUS, PROXY = range(4)
@@ -43,7 +52,6 @@ REVISITS, ALL_PAIRS, ERRORS = range(3)
 KAPPA, SLOPE_C, OWN_D, OTHER_E, ARM_OFFSETS = range(5)
 BEFORE_ROW, BEFORE_ARM, BEFORE_ROUND, BEFORE_LOSS, BEFORE_DROP = range(5)
 CHOOSE = {"topk": 0, "softmax": 1, "random": 2}
-VARIANTS = ("exp3", "exp3_ix", "exp3s", "uniform", "greedy")
 
 # Streams of the counter-based generator: each draw is philox(seed, stream, round, counter), so a resumed run, or a reader
 # of the log, draws the same.
@@ -51,9 +59,6 @@ STREAM_ARM, STREAM_TASKS, STREAM_ROWS, STREAM_SHUFFLE, STREAM_FIRST, STREAM_AUDI
 
 # Guards ceil and floor of a share against products that are an integer but for rounding: 0.07 * 100 > 7.
 _SHARE_SLACK = 1e-9
-# Rewards are scaled by the running mean +- 2 standard deviations; a floor keeps a constant reward from being amplified.
-_RELATIVE_FLOOR, _ABSOLUTE_FLOOR = 0.05, 1e-6
-_REWARDS_BEFORE_SCALING = 3
 
 
 def observe(
@@ -370,87 +375,52 @@ def chosen_in_groups(utility: Tensor, key: Tensor, group: Tensor, quotas: Tensor
     return allowed & (rank_by(key.masked_fill(~allowed, -math.inf)) < quotas[group])
 
 
-def exp3_probs(log_w: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """P_k = (1 - gamma) * softmax over A (log w)_k + gamma / |A|, fp64 [K]; A, bool [K], is `mask`; all 0 where A is empty.
-
-    The maximum is taken over A only: a retired arm with a huge weight must not push the others to 0.
-    """
-    size = mask.sum().clamp_min(1).double()
-    floor = torch.full_like(size, gamma) / size  # a number over a tensor would go through the reciprocal, an ulp below
-    inside = torch.where(mask.any(), log_w.masked_fill(~mask, -math.inf), 0.0)
-    return torch.where(mask, (1.0 - gamma) * torch.softmax(inside, 0) + floor, 0.0)
+def mark_chosen(rows: Tensor, position: Tensor, arm: Tensor, flags: Tensor, left: Tensor, max_uses: int) -> None:
+    """Counts one use of each of `rows`, int64 [R], distinct; an arm has one row less for each that is used up."""
+    at = position[rows].long()
+    uses = flags[USES, at] + 1
+    flags[USES, at] = uses
+    exhausted = (uses >= max_uses) & (flags[QUARANTINED, at] == 0)
+    left.index_add_(0, arm[at].long(), -exhausted.long())
 
 
-def exp3_draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Arms int64 [m], one for each uniform number, without replacement; -1 where no probability is left.
-
-    An arm is the first whose cumulative probability exceeds the uniform number times what is left in all; never an arm of
-    probability 0.
-    """
-    left, arms = probs.clone(), torch.full_like(uniforms, -1, dtype=torch.int64)
-    for number in range(len(uniforms)):
-        cumulative = left.cumsum(0)
-        beyond = (cumulative > uniforms[number] * cumulative[-1]) & (left > 0)
-        # Where rounding leaves no such arm, the last possible one.
-        possible = torch.arange(len(left), device=left.device).masked_fill(left <= 0, -1)
-        drawn = torch.where(beyond.any(), beyond.int().argmax(), possible.max())
-        arms[number] = drawn
-        left = left.index_fill(0, drawn.clamp_min(0)[None], 0.0)
-    return arms
-
-
-def exp3_update(
-    log_w: Tensor, mask: Tensor, arms: Tensor, rewards: Tensor, probs: Tensor, gamma: float, variant: int, share: float
-) -> Tensor:
-    """Log weights after the rewards of `arms`, in their order: fp64 [K].
-
-    exp3: + gamma/|A| * r / p. exp3s: the same, then every arm of A receives e * share / |A| of the total weight. exp3_ix:
-    - gamma/|A| * l / (p + gamma/(2|A|)) with the loss l = (1 - r) / 2. Other variants leave the weights alone. After each,
-    the largest weight over A is shifted to 0: only differences matter, and a million updates at the bounds stay finite.
+def end_round(
+    rows: Tensor, begin_idu: Tensor, drop: Tensor | None, arms: Tensor, position: Tensor, arm: Tensor, values: Tensor,
+    seen: Tensor, flags: Tensor, coefficients: Tensor, by_round: bool, smoothing: float, fall_of_utility: bool,
+    counters: Tensor, unit: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Carries the rows that a round has observed to its end, rewards its arms, and counts it.
 
     Args:
-        arms: int64 [m]; entries of -1 are skipped.
-        rewards: fp64 [m] in [-1, 1]; entries of NaN are skipped. probs: fp64 [m], with which each arm was drawn.
-        variant: place in `VARIANTS`.
+        rows: int64 [R], of the round, distinct. begin_idu: fp32 [R], their utility at its begin.
+        drop: fp32 [R], predicted fall of each row's loss, for estimators without coefficients; None: by `coefficients`.
+        arms: int64 [m], drawn; -1 for none.
+        fall_of_utility: an arm's reward is the mean fall of its rows' utility since the begin; else the mean of the loss that
+            was observed minus the loss now.
 
-    Source: Auer et al. 2002 (EXP3, EXP3.S); Neu 2015 (EXP3-IX).
+    Returns:
+        Rewards fp64 [m], NaN for an arm of which no row was observed; fp64 [2], the number of rows observed and the mean of
+        their losses, NaN without any; bool [R], rows whose loss was not finite, now or before.
+
+    IDU of the rows observed moves; so do the number of rounds and ROUND_LR, the unit of tau: peak rate times the mean number
+    of steps a round.
     """
-    name, count = VARIANTS[variant], mask.sum().double()
-    rate = torch.full_like(count, gamma) / count
-    log_w = log_w.clone()
-    for arm, reward, prob in zip(arms, rewards, probs, strict=True):
-        take = (arm >= 0) & ~torch.isnan(reward)
-        at = arm.clamp_min(0)
-        after = log_w.clone()
-        if name in ("exp3", "exp3s"):
-            after[at] += rate * reward / prob
-            if name == "exp3s" and share > 0.0:
-                total = log_w.masked_fill(~mask, -math.inf).logsumexp(0)
-                after = torch.where(mask, torch.logaddexp(after, total + torch.log(math.e * share / count)), after)
-        elif name == "exp3_ix":
-            after[at] -= rate * ((1.0 - reward) / 2.0) / (prob + rate / 2.0)
-        after = after - after.masked_fill(~mask, -math.inf).max()
-        log_w = torch.where(take, after, log_w)
-    return log_w
+    at = position[rows].long()
+    quarantined = flags[QUARANTINED, at] != 0
+    observed = (seen[ROUND, at] == counters[NUM_ROUNDS] + 1) & ~quarantined
+    last = values[LOSS, at]
+    if drop is None:
+        idu, now = _utility(at, arm[at].long(), values, seen, coefficients, by_round, smoothing)
+    else:
+        now = (last - drop).clamp_min(0.0)
+        idu = (1.0 - smoothing) * now + smoothing * values[PREVIOUS, at]
+    values[IDU, at] = torch.where(observed, idu, values[IDU, at])
+    gain = begin_idu.double() - idu.double() if fall_of_utility else last.double() - now.double()
+    in_arm = (arm[at] == arms[:, None]) & observed
+    rewards = torch.where(in_arm, gain, 0.0).sum(1) / in_arm.sum(1)
+    summary = torch.stack([observed.sum().double(), torch.where(observed, last, 0.0).double().sum() / observed.sum()])
 
-
-def scale_rewards(scale: Tensor, rewards: Tensor) -> Tensor:
-    """Rewards scaled to [-1, 1] by their running mean +- 2 standard deviations, fp64 [m]; 0 until three are known.
-
-    Args:
-        scale: fp64 [3], count, mean and sum of squared deviations of all rewards so far (Welford); moves.
-        rewards: fp64 [m], raw; NaN counts as nothing and gives 0.
-    """
-    out = torch.zeros_like(rewards)
-    for number, reward in enumerate(rewards):
-        count, mean, squares = scale.clone()
-        count, delta = count + 1.0, reward - mean
-        mean = mean + delta / count
-        squares = squares + delta * (reward - mean)
-        deviation = torch.sqrt(squares / (count - 1.0).clamp_min(1.0))
-        deviation = torch.maximum(deviation, _RELATIVE_FLOOR * mean.abs()).clamp_min(_ABSOLUTE_FLOOR)
-        scaled = ((reward - mean) / (2.0 * deviation)).clamp(-1.0, 1.0)
-        known = ~torch.isnan(reward)
-        out[number] = torch.where(known & (count >= _REWARDS_BEFORE_SCALING), scaled, 0.0)
-        scale.copy_(torch.where(known, torch.stack([count, mean, squares]), scale))
-    return out
+    counters[NUM_ROUNDS] += 1
+    round_lr = unit[PEAK_LR] * (counters[NUM_STEPS].double() / counters[NUM_ROUNDS].double())
+    unit[ROUND_LR] = torch.where(round_lr > 0.0, round_lr, unit[ROUND_LR])
+    return rewards, summary, quarantined

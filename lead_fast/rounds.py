@@ -100,14 +100,14 @@ class OpenRound(NamedTuple):
 class RoundReport:
     """What a round did. Tensors stay on the device until a property is read; the first one brings all but the visits."""
 
-    def __init__(self, rnd: Round, *, rewards: Tensor, scaled: Tensor, log_weights: Tensor, num_samples: Tensor, loss: Tensor,
+    def __init__(self, rnd: Round, *, rewards: Tensor, scaled: Tensor, log_weights: Tensor, summary: Tensor,
                  quarantined: Tensor, estimator: LossChangeEstimator, snapshot: dict[str, Tensor],
                  visits: list[Record] | None, paired: str | None) -> None:  # fmt: skip
         self._rows, self._num_arms = rnd.rows, len(rnd.arms)
         self.number, self.arm, self.arms = rnd.number, rnd.arm, rnd.arms
         self.probs, self.uniforms, self.forced = rnd.probs, rnd.uniforms, rnd.forced
-        self._on_device = {"rewards": rewards, "scaled": scaled, "log_weights": log_weights, "num_samples": num_samples,
-                           "loss": loss, "quarantined": quarantined}  # fmt: skip
+        self._on_device = {"rewards": rewards, "scaled": scaled, "log_weights": log_weights, "summary": summary,
+                           "quarantined": quarantined}  # fmt: skip
         self._estimator, self._snapshot, self._visits, self._paired = estimator, snapshot, visits, paired
 
     @cached_property
@@ -140,12 +140,12 @@ class RoundReport:
     @cached_property
     def num_samples(self) -> int:
         """Rows of the round that were observed with a finite loss."""
-        return int(self._host[0]["num_samples"])
+        return int(self._host[0]["summary"][0])
 
     @cached_property
     def mean_loss(self) -> float:
         """Mean over those rows of their mean nll per supervised token, as observed."""
-        return float(self._host[0]["loss"])
+        return float(self._host[0]["summary"][1])
 
     @cached_property
     def quarantined(self) -> list[int]:

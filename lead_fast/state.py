@@ -36,6 +36,14 @@ SCHEMAS = {
     "exp3_update": "(Tensor log_w, Tensor mask, Tensor arms, Tensor rewards, Tensor probs, float gamma, int variant, "
     "float share) -> Tensor",
     "scale_rewards": "(Tensor(a!) scale, Tensor rewards) -> Tensor",
+    "bandit_draw": "(Tensor log_w, Tensor counts, Tensor sums, Tensor mask, Tensor uniforms, float gamma, int variant) "
+    "-> (Tensor arms, Tensor arm_probs, Tensor probs)",
+    "bandit_update": "(Tensor(a!) log_w, Tensor(b!) scale, Tensor(c!) counts, Tensor(d!) sums, Tensor mask, Tensor arms, "
+    "Tensor rewards, Tensor probs, float gamma, int variant, float share) -> Tensor",
+    "mark_chosen": "(Tensor rows, Tensor position, Tensor arm, Tensor(a!) flags, Tensor(b!) left, int max_uses) -> ()",
+    "end_round": "(Tensor rows, Tensor begin_idu, Tensor? drop, Tensor arms, Tensor position, Tensor arm, "
+    "Tensor(a!) values, Tensor seen, Tensor flags, Tensor coefficients, bool by_round, float smoothing, "
+    "bool fall_of_utility, Tensor(b!) counters, Tensor(c!) unit) -> (Tensor rewards, Tensor summary, Tensor quarantined)",
 }
 
 
@@ -68,6 +76,24 @@ def _fake_scale(scale: Tensor, rewards: Tensor) -> Tensor:
     return torch.empty_like(rewards)
 
 
+def _fake_bandit_draw(
+    log_w: Tensor, counts: Tensor, sums: Tensor, mask: Tensor, uniforms: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_draw(log_w, uniforms), torch.empty_like(uniforms), torch.empty_like(log_w)
+
+
+def _fake_bandit_update(*arguments: Any) -> Tensor:
+    rewards = arguments[6]
+    return torch.empty_like(rewards)
+
+
+def _fake_end_round(
+    rows: Tensor, begin_idu: Tensor, drop: Tensor | None, arms: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    unit = rest[-1]
+    return unit.new_empty(arms.shape), unit.new_empty(2), torch.empty_like(rows, dtype=torch.bool)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "observe": _fake_nothing,
     "step": _fake_nothing,
@@ -79,6 +105,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "exp3_draw": _fake_draw,
     "exp3_update": _fake_probs,
     "scale_rewards": _fake_scale,
+    "bandit_draw": _fake_bandit_draw,
+    "bandit_update": _fake_bandit_update,
+    "mark_chosen": _fake_nothing,
+    "end_round": _fake_end_round,
 }
 
 _library = torch.library.Library("lead_fast", "FRAGMENT")

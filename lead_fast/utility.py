@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lead_fast import state as _state  # noqa: F401, its import defines torch.ops.lead_fast.observe and the rest
-from lead_fast.device import scattered_zeros
+from lead_fast.device import scattered_zeros, to_fp32
 from lead_fast.reference_state import (
     ARM_LR_SUM,
     IDU,
@@ -25,14 +25,11 @@ from lead_fast.reference_state import (
     NUM_ITEMS,
     NUM_ROUNDS,
     NUM_STEPS,
-    PEAK_LR,
     PREVIOUS,
     PROXY,
     QUARANTINED,
     ROUND,
-    ROUND_LR,
     STEP,
-    USES,
     last_occurrence,
 )
 from lead_fast.selection import Groups
@@ -70,10 +67,7 @@ class UtilityTable:
 
     def choose(self, rows: Tensor, max_uses: int) -> None:
         """Counts one use of each of `rows`, int64 [R], distinct and on the table's device."""
-        at = self.position[rows].long()
-        self.flags[USES, at] += 1
-        exhausted = (self.flags[USES, at] >= max_uses) & (self.flags[QUARANTINED, at] == 0)
-        self.left.index_add_(0, self.arm[at].long(), -exhausted.long())
+        torch.ops.lead_fast.mark_chosen(rows, self.position, self.arm, self.flags, self.left, max_uses)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: getattr(self, name).clone() for name in self._state}
@@ -125,13 +119,6 @@ class Clocks:
         if isinstance(value, Tensor):
             return value.to(self.clock.device, torch.float64, non_blocking=True).reshape(())
         return torch.full((), value, dtype=torch.float64, device=self.clock.device)  # a fill, not a copy: no sync
-
-    def end_round(self) -> None:
-        """Counts a round and renews the unit of tau: peak rate times the mean number of steps a round."""
-        self.num_rounds += 1
-        self.counters[NUM_ROUNDS] += 1
-        unit = self.unit[PEAK_LR] * (self.num_steps / self.num_rounds)
-        self.unit[ROUND_LR] = torch.where(unit > 0.0, unit, self.unit[ROUND_LR])
 
     def state_dict(self) -> dict[str, Any]:
         used = self.clock[: self.num_steps + 1].clone()
@@ -255,6 +242,27 @@ def utility(
     at = table.position[rows].long()
     loss = (table.values[LOSS, at] - estimator.drop(table, clocks, at)).clamp_min(0.0)
     return (1.0 - smoothing) * loss + smoothing * table.values[PREVIOUS, at], loss
+
+
+def end_round(
+    table: UtilityTable, clocks: Clocks, estimator: LossChangeEstimator, rows: Tensor, begin_idu: Tensor, arms: Tensor,
+    smoothing: float, *, fall_of_utility: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Writes the utility of the round's `rows`, int64 [R] on the device, at its end, and counts the round.
+
+    Returns:
+        The reward of each of `arms`; number of rows observed and mean of their losses; which rows are set aside. See
+        `lead_fast.reference_state.end_round`.
+    """
+    drop = None
+    if has_own_drop(estimator):
+        drop = to_fp32(estimator.drop(table, clocks, table.position[rows].long()), rows.device)
+    ended = torch.ops.lead_fast.end_round(
+        rows, begin_idu, drop, arms, table.position, table.arm, table.values, table.seen, table.flags,
+        estimator.coefficients(clocks), estimator.by_round, smoothing, fall_of_utility, clocks.counters, clocks.unit,
+    )  # fmt: skip
+    clocks.num_rounds += 1
+    return ended
 
 
 def observed(table: UtilityTable, rows: Tensor, loss: Tensor, num_tokens: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lead_fast.estimators import GradNorm
-from lead_fast.reference_state import CHOOSE, LOSS, PREVIOUS, PROXY, QUARANTINED, ROUND, STEP, USES
+from lead_fast.reference_state import CHOOSE, LOSS, PREVIOUS, PROXY, QUARANTINED, ROUND, STEP, USES, VARIANTS
 from lead_fast.selection import Groups
-from lead_fast.utility import Clocks, UtilityTable
+from lead_fast.utility import Clocks, UtilityTable, end_round
 
 NUM_ROWS, NUM_ARMS, MAX_USES, BETA1 = 300, 4, 3, 0.9
 Arguments = tuple[Any, ...]
@@ -32,7 +32,7 @@ class State:
         for step in range(40):
             self.clocks.step(1e-3 * (1 + step % 3), float(g.integers(20, 90)), torch.tensor([step // 4 % NUM_ARMS]))
             if step % 4 == 3:
-                self.clocks.end_round()
+                self.close_round()
         seen = np.flatnonzero(g.random(num_rows) < 0.6)
         self.table.values[LOSS, seen] += torch.from_numpy(g.normal(0, 0.3, len(seen)).astype(np.float32)).abs()
         self.table.values[PREVIOUS, seen] *= 1.1
@@ -45,6 +45,26 @@ class State:
             observe_arguments = self.observe(64, seed=number)
             torch.ops.lead_fast.observe(*observe_arguments)
         self.estimator.calibrate(self.clocks)
+
+    def close_round(self) -> None:
+        """Ends a round without rows."""
+        none = torch.zeros(0, dtype=torch.int64)
+        end_round(self.table, self.clocks, self.estimator, none, none.float(), none, 0.1, fall_of_utility=False)
+
+    def mark_chosen(self, rows: Tensor) -> Arguments:
+        table = self.table
+        return rows, table.position, table.arm, table.flags, table.left, MAX_USES
+
+    def end_round(self, rows: Tensor, arms: list[int], *, reward: str = "drop", by_round: bool = False,
+                  drop: Tensor | None = None) -> Arguments:  # fmt: skip
+        """After two micro-batches of the round, some of whose losses are not finite."""
+        for seed in (31, 32):
+            torch.ops.lead_fast.observe(*self.observe(64, seed=seed))
+        table, clocks = self.table, self.clocks
+        coefficients = _BY_ROUND.clone() if by_round else self.estimator.coefficients(clocks)
+        begin_idu = torch.from_numpy(self.g.gamma(4.0, 0.5, len(rows)).astype(np.float32))
+        return (rows, begin_idu, drop, torch.tensor(arms), table.position, table.arm, table.values, table.seen, table.flags,
+                coefficients, by_round, 0.1, reward == "idu", clocks.counters, clocks.unit)  # fmt: skip
 
     def observe(self, num_samples: int = 24, seed: int = 0) -> Arguments:
         """A micro-batch with duplicates, samples without a row or without tokens, and losses that are not finite."""
@@ -105,6 +125,25 @@ def _update(variant: int) -> Arguments:
     return _LOG_W.clone(), _MASK, torch.tensor([1, 3, 0, -1]), rewards, probs, 0.1, variant, 0.01
 
 
+def _bandit() -> tuple[Tensor, ...]:
+    """log_w, scale, counts and sums of a bandit that has seen something, and its mask."""
+    counts = _numbers(3.0, 0.0, 2.0, 4.0)
+    return _LOG_W.clone(), _numbers(9.0, 0.4, 1.3), counts, counts * _numbers(0.3, 0.0, 0.9, 0.2), _MASK
+
+
+def _bandit_draw(variant: int, mask: Tensor = _MASK, uniforms: Tensor | None = None) -> Arguments:
+    log_w, _, counts, sums, _ = _bandit()
+    return log_w, counts, sums, mask, _numbers(0.3, 0.999999, 0.5, 0.5) if uniforms is None else uniforms, 0.1, variant
+
+
+def _bandit_update(variant: int) -> Arguments:
+    rewards, probs = _numbers(0.7, -1e3, torch.nan, 0.1, 0.5), _numbers(0.2, 0.5, 0.3, 0.0, 0.9)
+    return *_bandit(), torch.tensor([1, 3, 0, -1, 3]), rewards, probs, 0.1, variant, 0.01
+
+
+_EVERY = torch.from_numpy(np.random.default_rng(3).permutation(NUM_ROWS))
+
+
 def _by_tokens(state: State) -> Arguments:
     tokens = torch.from_numpy(state.g.integers(5, 200, NUM_ROWS).astype(np.int32))
     return state.rank(3, "softmax", num_tokens=tokens, token_budget=900.0)
@@ -140,9 +179,27 @@ CASES: dict[str, tuple[str, Callable[[State], Arguments]]] = {
         lambda s: s.rank(3, "topk", utility=torch.from_numpy(s.g.gamma(3.0, 1.0, NUM_ROWS).astype(np.float32))),
     ),
     "rank, by tokens": ("rank", _by_tokens),
+    "draw of a bandit, no arm": ("bandit_draw", lambda s: _bandit_draw(0, torch.zeros_like(_MASK))),
+    "draw of a bandit, greedy without an arm": ("bandit_draw", lambda s: _bandit_draw(4, torch.zeros_like(_MASK))),
+    "draw of a bandit, one": ("bandit_draw", lambda s: _bandit_draw(0, uniforms=_numbers(0.4))),
+    "draw of a bandit, probabilities only": ("bandit_draw", lambda s: _bandit_draw(2, uniforms=_numbers())),
+    "mark": ("mark_chosen", lambda s: s.mark_chosen(_EVERY[:170])),
+    "mark nothing": ("mark_chosen", lambda s: s.mark_chosen(_EVERY[:0])),
+    "end": ("end_round", lambda s: s.end_round(_EVERY, [3])),
+    "end, idu": ("end_round", lambda s: s.end_round(_EVERY[:200], [1], reward="idu")),
+    "end of several arms": ("end_round", lambda s: s.end_round(_EVERY, [3, -1, 0, 1])),
+    "end, by round": ("end_round", lambda s: s.end_round(_EVERY, [0, 3], by_round=True)),
+    "end, drops given": (
+        "end_round",
+        lambda s: s.end_round(_EVERY, [3], drop=torch.from_numpy(s.g.normal(0.5, 1.0, NUM_ROWS).astype(np.float32))),
+    ),
+    "end of nothing": ("end_round", lambda s: s.end_round(_EVERY[:0], [0])),
+    "end before any step": ("end_round", lambda s: (*(a := s.end_round(_EVERY, [3]))[:14], torch.zeros_like(a[14]))),
 }
-for _place, _variant in enumerate(("exp3", "exp3_ix", "exp3s", "uniform")):
+for _place, _variant in enumerate(VARIANTS):
     CASES[f"update, {_variant}"] = ("exp3_update", lambda s, place=_place: _update(place))
+    CASES[f"draw of a bandit, {_variant}"] = ("bandit_draw", lambda s, place=_place: _bandit_draw(place))
+    CASES[f"update of a bandit, {_variant}"] = ("bandit_update", lambda s, place=_place: _bandit_update(place))
 for _choose in CHOOSE:
     CASES[f"rank, {_choose}"] = ("rank", lambda s, c=_choose: s.rank(3, c))
     CASES[f"rank, {_choose}, top excluded"] = ("rank", lambda s, c=_choose: s.rank(0, c, exclude_top=0.3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,17 @@ class State:
                 self.arm, self.values, self.seen, self.flags, self.left, self.counters, self.clock, self.unit, *fit, BETA1,
                 max_uses, self.num_choosable, np.full((5, size), np.nan)]  # fmt: skip
 
+    def end_round(self, size: int = 12, arms: Sequence[int] = (0, 1), *, drop: bool = False, by_round: bool = False,
+                  smoothing: float = 0.1, fall_of_utility: bool = False) -> list[Any]:  # fmt: skip
+        """Of the third round, which a part of the table was seen in."""
+        rows = self.g.permutation(self.num_rows)[:size]
+        size = len(rows)
+        self.seen[1, :-1] = np.where(self.g.random(self.num_rows) < 0.5, 3, self.seen[1, :-1])
+        fall = (self.g.integers(-4, 8, size) / 8).astype(f32) if drop else None
+        return [rows, self.g.random(size).astype(f32), fall, np.array(arms, np.int64), self.position, self.arm, self.values,
+                self.seen, self.flags, self.coefficients, by_round, smoothing, fall_of_utility, self.counters,
+                self.unit]  # fmt: skip
+
     def rank(self, arm: int = 0, **options: Any) -> list[Any]:
         settings = {"by_round": False, "utility": None, "num_tokens": None, "smoothing": 0.1, "rate": 0.3, "cap": -1,
                     "token_budget": 0.0, "exclude_top": 0.0, "choose": 0, "temperature": 0.5, "seed": 7, "round": 3,
@@ -82,6 +94,22 @@ class State:
             "exp3_draw": lambda: [numbers, numbers],
             "exp3_update": lambda: [numbers, mask, arms, numbers, numbers, 0.1, 0, 0.0],
             "scale_rewards": lambda: [np.zeros(3), numbers],
+            "bandit_draw": lambda: [numbers, numbers, numbers, mask, numbers, 0.1, 0],
+            "bandit_update": lambda: [
+                numbers.copy(),
+                np.zeros(3),
+                numbers.copy(),
+                numbers.copy(),
+                mask,
+                arms,
+                numbers,
+                numbers,
+                0.1,
+                0,
+                0.0,
+            ],
+            "mark_chosen": lambda: [np.arange(self.num_rows), self.position, self.arm, self.flags, self.left, 4],
+            "end_round": lambda: self.end_round(drop=True),
         }[op]()
 
 

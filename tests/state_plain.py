@@ -217,3 +217,59 @@ def scale_rewards(scale, rewards):
                 scaled = min(1.0, max(-1.0, (reward - mean) / (2 * deviation)))
         out.append(scaled)
     return np.array(out)
+
+
+def bandit_draw(log_w, counts, sums, mask, uniforms, gamma, variant):
+    probs = np.zeros(len(mask))
+    arms = np.flatnonzero(mask)
+    if variant == 4 and len(arms):
+        probs[max(arms, key=lambda k: (sums[k] / counts[k] if counts[k] else math.inf, -k))] = 1.0
+    elif variant == 3 and len(arms):
+        probs[arms] = 1 / len(arms)
+    elif variant < 3:
+        probs = exp3_probs(log_w, mask, 0.0 if variant == 1 else gamma)
+    drawn = exp3_draw(probs, uniforms)
+    return drawn, np.array([min(1.0, (drawn >= 0).sum() * probs[k]) if k >= 0 else 0.0 for k in drawn]), probs
+
+
+def bandit_update(log_w, scale, counts, sums, mask, arms, rewards, probs, gamma, variant, share):
+    out = []
+    for arm, reward, prob in zip(arms, rewards, probs, strict=True):
+        if arm < 0 or math.isnan(reward):
+            out.append(0.0)
+            continue
+        n, mean, squares = scale[0] + 1, scale[1] + (reward - scale[1]) / (scale[0] + 1), scale[2]
+        scale[:] = n, mean, squares + (reward - scale[1]) * (reward - mean)
+        deviation = max(math.sqrt(scale[2] / max(n - 1, 1)), 0.05 * abs(mean), 1e-6)
+        out.append(min(1.0, max(-1.0, (reward - mean) / (2 * deviation))) if n >= 3 else 0.0)
+        counts[arm] += 1
+        sums[arm] += reward
+        log_w[:] = exp3_update(log_w, mask, [arm], [out[-1]], [prob], gamma, variant, share)
+    return np.array(out)
+
+
+def mark_chosen(rows, position, arm, flags, left, max_uses):
+    for p in position[rows]:
+        flags[0, p] += 1
+        left[arm[p]] -= flags[0, p] >= max_uses and not flags[1, p]
+
+
+def end_round(rows, begin_idu, drop, arms, position, arm, values, seen, flags, coefficients, by_round, smoothing,
+              fall_of_utility, counters, unit):  # fmt: skip
+    gains, losses = {int(k): [] for k in arms}, []
+    for i, p in enumerate(position[rows]):
+        if flags[1, p] or seen[1, p] != counters[1] + 1:
+            continue
+        idu, loss = utility_at(p, arm[p], values, seen, coefficients, by_round, smoothing)
+        if drop is not None:
+            loss = max(f32(0), values[LOSS, p] - drop[i])
+            idu = f32(1.0 - smoothing) * loss + f32(smoothing) * values[PREVIOUS, p]
+        values[IDU, p] = idu
+        losses.append(float(values[LOSS, p]))
+        gain = float(begin_idu[i]) - float(idu) if fall_of_utility else float(values[LOSS, p]) - float(loss)
+        gains.setdefault(int(arm[p]), []).append(gain)
+    rewards = [sum(gains[int(k)]) / len(gains[int(k)]) if k >= 0 and gains[int(k)] else math.nan for k in arms]
+    counters[1] += 1
+    unit[1] = unit[0] * counters[0] / counters[1] or unit[1]
+    summary = len(losses), sum(losses) / len(losses) if losses else math.nan
+    return np.array(rewards), np.array(summary, float), flags[1, position[rows]] != 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine_from_spec import Script, make_pool, rows_of, run_script, same_state, samples
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lead_fast as lf
 from lead_fast.estimators import GradNorm
@@ -103,6 +104,32 @@ def test_rounds_carry_their_candidates_when_asked():
     assert sorted(candidates.row[candidates.chosen].tolist()) == sorted(rnd.rows.tolist())
     assert candidates.row.tolist() == engine.groups.arm_rows(rnd.arm).tolist()  # nothing is used up yet
     torch.testing.assert_close(candidates.utility, engine.utility(candidates.row))
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is dispatched: on a GPU about a launch each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_round_ends_by_a_handful_of_operators():
+    engine, _ = make()
+    rnd = engine.begin_round()
+    assert rnd is not None
+    engine.observe(rnd.rows, samples([(row, 1.5, 20, 300.0) for row in rnd.rows.tolist()]))
+    engine.step(lr=1e-3, num_items=100)
+    with Operators() as operators:
+        report = engine.end_round()
+    assert operators.count <= 24
+    with Operators() as operators:
+        assert engine.begin_round() is not None
+    assert report.num_samples == len(rnd) and operators.count <= 60
 
 
 def test_a_run_that_outgrows_the_clock_goes_on():

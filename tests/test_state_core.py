@@ -191,6 +191,51 @@ def test_scaled_rewards(rewards):
     check("scale_rewards", [np.zeros(3), np.array(rewards)])
 
 
+@examples
+@given(arms=arms_of_bandit, variant=st.integers(0, 4), uniforms=st.lists(st.floats(0, 1), max_size=8), seed=st.integers(0, 99))
+def test_draws_of_a_bandit(arms, variant, uniforms, seed):
+    g = np.random.default_rng(seed)
+    counts = g.integers(0, 3, len(arms[1])).astype(float)
+    drawn, with_probs, probs = check("bandit_draw", [arms[0], counts, counts * g.integers(-2, 3, len(counts)) / 2, arms[1],
+                                                     np.array(uniforms), 0.1, variant])  # fmt: skip
+    assert abs(probs.sum() - arms[1].any()) < 1e-14
+    assert len(set(drawn[drawn >= 0])) == (drawn >= 0).sum() and (with_probs[drawn >= 0] > 0).all()
+
+
+@examples
+@given(arms=arms_of_bandit, variant=st.integers(0, 4), seed=st.integers(0, 99), size=st.integers(0, 6))
+def test_rewards_of_a_bandit(arms, variant, seed, size):
+    log_w, mask = arms
+    mask[0] = True
+    g, count = np.random.default_rng(seed), float(seed % 5)
+    scale = np.array([count, 0.3, 0.5 * count * (count > 1)]) * (count > 0)
+    rewards = g.choice([-1e3, -0.3, 0.0, 0.25, 1.0, np.nan], size)
+    check("bandit_update", [log_w, scale, np.ones(len(mask)), np.zeros(len(mask)), mask, g.integers(-1, len(mask), size),
+                            rewards, g.uniform(0.05, 1, size), 0.1, variant, 0.01])  # fmt: skip
+
+
+@examples
+@given(state=states, max_uses=st.integers(1, 5), share=st.floats(0, 1))
+def test_marks_of_chosen_rows(state, max_uses, share):
+    rows = np.flatnonzero(state.g.random(state.num_rows) < share)
+    check("mark_chosen", [rows, state.position, state.arm, state.flags, state.left, max_uses])
+
+
+@examples
+@given(
+    state=states,
+    size=st.integers(0, 24),
+    arms=st.lists(st.integers(-1, 0), max_size=3),
+    drop=st.booleans(),
+    by_round=st.booleans(),
+    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    fall_of_utility=st.booleans(),
+)
+def test_ends_of_rounds(state, size, arms, **options):
+    arms = [arm if arm < 0 else state.num_arms - 1 - place % state.num_arms for place, arm in enumerate(arms)]
+    check("end_round", state.end_round(size, arms, **options))
+
+
 @pytest.mark.parametrize("variant", [0, 1, 2])
 @pytest.mark.parametrize("reward", ["best", "worst", "alternating"])
 def test_a_million_updates_at_the_bounds_stay_finite(variant, reward):

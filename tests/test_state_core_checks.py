@@ -91,6 +91,16 @@ SIZES = [
     ("exp3_draw", "uniforms", np.array([1.5]), r"be in \[0, 1\], got 1.5"),
     ("exp3_update", "arms", np.array([0, 2]), r"be in \[-1, 2\), got 2"),
     ("exp3_update", "gamma", -0.5, r"be in \[0, 1\], got -0.5"),
+    ("bandit_draw", "uniforms", np.array([1.5]), r"be in \[0, 1\], got 1.5"),
+    ("bandit_draw", "log_w", np.array([0.0, np.inf]), "be below inf at the arms of `mask`, got inf at arm 1"),
+    ("bandit_draw", "variant", 5, r"be in \[0, 4\], got 5"),
+    ("bandit_update", "arms", np.array([0, 2]), r"be in \[-1, 2\), got 2"),
+    ("bandit_update", "variant", -1, r"be in \[0, 4\], got -1"),
+    ("bandit_update", "share", 1.5, r"be in \[0, 1\], got 1.5"),
+    ("mark_chosen", "rows", np.array([0, 12]), r"be in \[0, 12\), got 12"),
+    ("end_round", "rows", np.array([-1, *range(11)]), r"be in \[0, 12\), got -1"),
+    ("end_round", "arms", np.array([0, 2]), r"be in \[-1, 2\), got 2"),
+    ("end_round", "drop", np.zeros(11, f32), r"be float32 \[12\], got float32 \[11\]"),
 ]
 
 

@@ -165,13 +165,25 @@ BEYOND = [
     ("step", 2, torch.tensor([0, 4])),
     ("step", 3, torch.zeros(41, 7, dtype=torch.float64)),
     ("exp3_update", 2, torch.tensor([1, 4, 0, -1])),
+    ("bandit_update", 5, torch.tensor([1, 4, 0, -1, 3])),
+    ("mark_chosen", 0, torch.tensor([3, NUM_ROWS])),
+    ("end_round", 0, torch.arange(1, NUM_ROWS + 1)),
+    ("end_round", 3, torch.tensor([4])),
 ]
+
+
+_A_CASE = {
+    "exp3_update": "update, exp3",
+    "bandit_update": "update of a bandit, exp3",
+    "mark_chosen": "mark",
+    "end_round": "end",
+}
 
 
 @pytest.mark.parametrize("machine", ["ascending"], indirect=True)
 @pytest.mark.parametrize(("operator", "place", "value"), BEYOND)
 def test_what_only_the_device_can_see_ends_the_kernel(machine, operator, place, value, capfd):
-    arguments = RANKS["rows"] if operator == "rank" else make_case({"exp3_update": "update, exp3"}.get(operator, operator))[1]
+    arguments = RANKS["rows"] if operator == "rank" else make_case(_A_CASE.get(operator, operator))[1]
     changed = (*arguments[:place], value, *arguments[place + 1 :])
     with pytest.raises(RuntimeError, match="a kernel trapped"):
         machine.run(operator, changed)

@@ -179,13 +179,18 @@ struct Exp3Update {
   std::int64_t variant, num_arms, num_draws;
 };
 
+// Raises where an operator was given an arm that there is not.
+inline void check_arms(const char* op, const std::int64_t* arms, std::int64_t num_draws, std::int64_t num_arms) {
+  for (std::int64_t i = 0; i < num_draws; ++i) {
+    if (arms[i] >= -1 && arms[i] < num_arms) continue;
+    throw std::invalid_argument(std::string(op) + ": `arms` must be in [-1, " + std::to_string(num_arms) + "), got " +
+                                std::to_string(arms[i]));
+  }
+}
+
 // Writes the log weights after all rewards, taken in order.
 inline void exp3_update(const Exp3Update& args, double* log_w) {
-  for (std::int64_t i = 0; i < args.num_draws; ++i) {
-    if (args.arms[i] >= -1 && args.arms[i] < args.num_arms) continue;
-    throw std::invalid_argument("exp3_update: `arms` must be in [-1, " + std::to_string(args.num_arms) + "), got " +
-                                std::to_string(args.arms[i]));
-  }
+  check_arms("exp3_update", args.arms, args.num_draws, args.num_arms);
   std::copy(args.log_w, args.log_w + args.num_arms, log_w);
   for (std::int64_t i = 0; i < args.num_draws; ++i) {
     exp3_update(args.mask, args.arms[i], args.rewards[i], args.probs[i], args.gamma, args.variant, args.share,

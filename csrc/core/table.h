@@ -10,6 +10,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "core/host_device.h"
 
@@ -33,6 +35,15 @@ struct Table {
 template <class T>
 LEAD_FAST_HOST_DEVICE inline T* table_row(T* table, int row, std::int64_t num_rows) {
   return table + row * (num_rows + 1);
+}
+
+// Raises where an operator was given a row that there is not, before anything is written.
+inline void check_rows(const char* op, const std::int64_t* rows, std::int64_t size, std::int64_t num_rows) {
+  for (std::int64_t i = 0; i < size; ++i) {
+    if (rows[i] >= 0 && rows[i] < num_rows) continue;
+    throw std::invalid_argument(std::string(op) + ": `rows` must be in [0, " + std::to_string(num_rows) + "), got " +
+                                std::to_string(rows[i]));
+  }
 }
 
 // slope and level [K, n] of the predicted fall of the loss: affine in the proxy, by arm and by the step (or round) that

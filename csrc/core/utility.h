@@ -2,8 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "core/clock.h"
 #include "core/grad_norm.h"
@@ -27,11 +25,7 @@ struct Utility {
 // Writes IDU and the loss now of each row, fp32 [size]. `parallel` is called as parallel(begin, end, grain, body).
 template <class Parallel>
 void utility(const Utility& args, const Parallel& parallel, float* idu, float* loss) {
-  for (std::int64_t i = 0; i < args.size; ++i) {
-    if (args.rows[i] >= 0 && args.rows[i] < args.num_rows) continue;
-    throw std::invalid_argument("utility: `rows` must be in [0, " + std::to_string(args.num_rows) + "), got " +
-                                std::to_string(args.rows[i]));
-  }
+  check_rows("utility", args.rows, args.size, args.num_rows);
   const float* last = table_row(args.values, kLoss, args.num_rows);
   const float* previous = table_row(args.values, kPrevious, args.num_rows);
   const float* proxy = table_row(args.values, kProxy, args.num_rows);

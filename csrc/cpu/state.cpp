@@ -1,5 +1,5 @@
-// lead_fast::observe, step, utility, grad_norm_coefficients and calibrate for CPU tensors; the schemas are in
-// lead_fast/state.py, the reference in lead_fast/reference_state.py.
+// lead_fast::observe, step, utility, grad_norm_coefficients, calibrate, mark_chosen and end_round for CPU tensors; the
+// schemas are in lead_fast/state.py, the reference in lead_fast/reference_state.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -58,6 +58,26 @@ void calibrate(Tensor pairs, Tensor totals, Tensor fit, double prior_pairs, doub
       lead_fast::check_calibrate(array_of(pairs), array_of(totals), array_of(fit), prior_pairs, min_pairs));
 }
 
+void mark_chosen(Tensor rows, Tensor position, Tensor arm, Tensor flags, Tensor left, int64_t max_uses) {
+  lead_fast::mark_chosen(lead_fast::check_mark_chosen(array_of(rows), array_of(position), array_of(arm),
+                                                      array_of(flags), array_of(left), max_uses));
+}
+
+std::tuple<Tensor, Tensor, Tensor> end_round(Tensor rows, Tensor begin_idu, std::optional<Tensor> drop, Tensor arms,
+                                             Tensor position, Tensor arm, Tensor values, Tensor seen, Tensor flags,
+                                             Tensor coefficients, bool by_round, double smoothing, bool fall_of_utility,
+                                             Tensor counters, Tensor unit) {
+  const auto args = lead_fast::check_end_round(array_of(rows), array_of(begin_idu), array_of(drop), array_of(arms),
+                                               array_of(position), array_of(arm), array_of(values), array_of(seen),
+                                               array_of(flags), array_of(coefficients), by_round, smoothing,
+                                               fall_of_utility, array_of(counters), array_of(unit));
+  Tensor rewards = torch::stable::new_empty(unit, {args.num_drawn}), summary = torch::stable::new_empty(unit, {2});
+  Tensor quarantined = torch::stable::new_empty(rows, {args.size}, ScalarType::Bool);
+  lead_fast::end_round(args, rewards.mutable_data_ptr<double>(), summary.mutable_data_ptr<double>(),
+                       quarantined.mutable_data_ptr<bool>());
+  return {rewards, summary, quarantined};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lead_fast, CPU, library) {
@@ -66,4 +86,6 @@ STABLE_TORCH_LIBRARY_IMPL(lead_fast, CPU, library) {
   library.impl("grad_norm_coefficients", TORCH_BOX(&grad_norm_coefficients));
   library.impl("utility", TORCH_BOX(&utility));
   library.impl("calibrate", TORCH_BOX(&calibrate));
+  library.impl("mark_chosen", TORCH_BOX(&mark_chosen));
+  library.impl("end_round", TORCH_BOX(&end_round));
 }

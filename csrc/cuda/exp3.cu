@@ -1,5 +1,5 @@
-// The bandit's operators for CUDA tensors, lead_fast::exp3_probs, exp3_draw, exp3_update and scale_rewards; the schemas
-// are in lead_fast/state.py, the references in lead_fast/reference_state.py.
+// The bandit's operators for CUDA tensors, lead_fast::exp3_probs, exp3_draw, exp3_update, scale_rewards, bandit_draw
+// and bandit_update; the schemas are in lead_fast/state.py, the references in lead_fast/reference_state.py.
 //
 // A handful of arms once a round: one thread does all, in order, by the functions that the CPU uses. What counts is
 // that nothing crosses to the host.
@@ -7,6 +7,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <tuple>
+
+#include "core/bandit.h"
 #include "core/exp3.h"
 #include "cuda/launch.cuh"
 #include "ops/exp3.h"
@@ -39,6 +42,19 @@ __global__ void exp3_update_kernel(lead_fast::Exp3Update args, double* __restric
 
 __global__ void scale_rewards_kernel(lead_fast::ScaleRewards args, double* __restrict__ scaled) {  // [m]
   for (int64_t i = 0; i < args.size; ++i) scaled[i] = lead_fast::scale_reward(args.rewards[i], args.scale);
+}
+
+__global__ void bandit_draw_kernel(lead_fast::BanditDraw args, double* __restrict__ left,       // [K]
+                                   int64_t* __restrict__ arms, double* __restrict__ arm_probs,  // [m]
+                                   double* __restrict__ probs) {                                // [K]
+  lead_fast::bandit_draw(args, left, arms, arm_probs, probs);
+}
+
+__global__ void bandit_update_kernel(lead_fast::BanditUpdate args, double* __restrict__ scaled) {  // [m]
+  for (int64_t i = 0; i < args.num_draws; ++i) {
+    lead_fast::trap_unless(args.arms[i] < args.num_arms, "bandit_update: `arms` must be below the number of arms");
+  }
+  lead_fast::take_rewards(args, scaled);
 }
 
 Tensor exp3_probs(Tensor log_w, Tensor mask, double gamma) {
@@ -76,6 +92,31 @@ Tensor scale_rewards(Tensor scale, Tensor rewards) {
   return scaled;
 }
 
+std::tuple<Tensor, Tensor, Tensor> bandit_draw(Tensor log_w, Tensor counts, Tensor sums, Tensor mask, Tensor uniforms,
+                                               double gamma, int64_t variant) {
+  const lead_fast::BanditDraw args = lead_fast::check_bandit_draw(array_of(log_w), array_of(counts), array_of(sums),
+                                                                  array_of(mask), array_of(uniforms), gamma, variant);
+  const lead_fast::Launcher launch(log_w);
+  const Tensor left = torch::stable::new_empty(log_w, {args.num_arms});
+  const Tensor arms = torch::stable::new_empty(log_w, {args.num_draws}, ScalarType::Long);
+  const Tensor arm_probs = torch::stable::new_empty(log_w, {args.num_draws});
+  const Tensor probs = torch::stable::new_empty(log_w, {args.num_arms});
+  launch(bandit_draw_kernel, 1, 1, args, left.mutable_data_ptr<double>(), arms.mutable_data_ptr<int64_t>(),
+         arm_probs.mutable_data_ptr<double>(), probs.mutable_data_ptr<double>());
+  return {arms, arm_probs, probs};
+}
+
+Tensor bandit_update(Tensor log_w, Tensor scale, Tensor counts, Tensor sums, Tensor mask, Tensor arms, Tensor rewards,
+                     Tensor probs, double gamma, int64_t variant, double share) {
+  const lead_fast::BanditUpdate args =
+      lead_fast::check_bandit_update(array_of(log_w), array_of(scale), array_of(counts), array_of(sums), array_of(mask),
+                                     array_of(arms), array_of(rewards), array_of(probs), gamma, variant, share);
+  const lead_fast::Launcher launch(log_w);
+  const Tensor scaled = torch::stable::new_empty(rewards, {args.num_draws});
+  launch(bandit_update_kernel, 1, 1, args, scaled.mutable_data_ptr<double>());
+  return scaled;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lead_fast, CUDA, library) {
@@ -83,4 +124,6 @@ STABLE_TORCH_LIBRARY_IMPL(lead_fast, CUDA, library) {
   library.impl("exp3_draw", TORCH_BOX(&exp3_draw));
   library.impl("exp3_update", TORCH_BOX(&exp3_update));
   library.impl("scale_rewards", TORCH_BOX(&scale_rewards));
+  library.impl("bandit_draw", TORCH_BOX(&bandit_draw));
+  library.impl("bandit_update", TORCH_BOX(&bandit_update));
 }

@@ -8,6 +8,7 @@
 
 #include "core/choice.h"
 #include "core/observe.h"
+#include "core/round.h"
 #include "core/utility.h"
 #include "ops/array.h"
 
@@ -113,6 +114,50 @@ inline Utility check_utility(const Array& rows, const Array& position, const Arr
   args.coefficients = check_coefficients(check, coefficients, "K");
   args.by_round = by_round;
   args.smoothing = smoothing;
+  return args;
+}
+
+inline MarkChosen check_mark_chosen(const Array& rows, const Array& position, const Array& arm, const Array& flags,
+                                    const Array& left, std::int64_t max_uses) {
+  const Arguments check("mark_chosen", flags);
+  MarkChosen args{};
+  args.rows = check.input<std::int64_t>("rows", rows, {"R"});
+  args.size = rows.shape[0];
+  args.position = check.input<std::int32_t>("position", position, {"N"});
+  const std::int64_t num_rows = args.num_rows = position.shape[0];
+  args.arm = check.input<std::int16_t>("arm", arm, {num_rows});
+  args.flags = check.inout<std::uint8_t>("flags", flags, {2, num_rows + 1});
+  args.left = check.inout<std::int64_t>("left", left, {"K"});
+  args.num_arms = left.shape[0];
+  args.max_uses = max_uses;
+  return args;
+}
+
+inline EndRound check_end_round(const Array& rows, const Array& begin_idu, const std::optional<Array>& drop,
+                                const Array& arms, const Array& position, const Array& arm, const Array& values,
+                                const Array& seen, const Array& flags, const Array& coefficients, bool by_round,
+                                double smoothing, bool fall_of_utility, const Array& counters, const Array& unit) {
+  const Arguments check("end_round", values);
+  EndRound args{};
+  args.rows = check.input<std::int64_t>("rows", rows, {"R"});
+  args.size = rows.shape[0];
+  args.begin_idu = check.input<float>("begin_idu", begin_idu, {args.size});
+  if (drop) args.drop = check.input<float>("drop", *drop, {args.size});
+  args.arms = check.input<std::int64_t>("arms", arms, {"m"});
+  args.num_drawn = arms.shape[0];
+  args.position = check.input<std::int32_t>("position", position, {"N"});
+  const std::int64_t num_rows = args.num_rows = position.shape[0];
+  args.arm = check.input<std::int16_t>("arm", arm, {num_rows});
+  args.values = check.inout<float>("values", values, {4, num_rows + 1});
+  args.seen = check.input<std::int32_t>("seen", seen, {2, num_rows + 1});
+  args.flags = check.input<std::uint8_t>("flags", flags, {2, num_rows + 1});
+  args.coefficients = check_coefficients(check, coefficients, "K");
+  args.num_arms = coefficients.shape[1];
+  args.by_round = by_round;
+  args.smoothing = smoothing;
+  args.fall_of_utility = fall_of_utility;
+  args.counters = check.inout<std::int64_t>("counters", counters, {4});
+  args.unit = check.inout<double>("unit", unit, {2});
   return args;
 }
 

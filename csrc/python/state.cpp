@@ -65,6 +65,27 @@ void calibrate(const py::array& pairs, const py::array& totals, const py::array&
   lead_fast::calibrate(check_calibrate(array_of(pairs), array_of(totals), array_of(fit), prior_pairs, min_pairs));
 }
 
+void mark_chosen(const py::array& rows, const py::array& position, const py::array& arm, const py::array& flags,
+                 const py::array& left, std::int64_t max_uses) {
+  lead_fast::mark_chosen(
+      check_mark_chosen(array_of(rows), array_of(position), array_of(arm), array_of(flags), array_of(left), max_uses));
+}
+
+std::tuple<py::array_t<double>, py::array_t<double>, py::array_t<bool>> end_round(
+    const py::array& rows, const py::array& begin_idu, const Optional& drop, const py::array& arms,
+    const py::array& position, const py::array& arm, const py::array& values, const py::array& seen,
+    const py::array& flags, const py::array& coefficients, bool by_round, double smoothing, bool fall_of_utility,
+    const py::array& counters, const py::array& unit) {
+  const auto args =
+      check_end_round(array_of(rows), array_of(begin_idu), array_of(drop), array_of(arms), array_of(position),
+                      array_of(arm), array_of(values), array_of(seen), array_of(flags), array_of(coefficients),
+                      by_round, smoothing, fall_of_utility, array_of(counters), array_of(unit));
+  py::array_t<double> rewards(args.num_drawn), summary(2);
+  py::array_t<bool> quarantined(args.size);
+  lead_fast::end_round(args, rewards.mutable_data(), summary.mutable_data(), quarantined.mutable_data());
+  return {rewards, summary, quarantined};
+}
+
 }  // namespace
 
 void bind_state(py::module_& module) {
@@ -85,6 +106,16 @@ void bind_state(py::module_& module) {
              "IDU and the loss now of `rows`, float32 [R] each.");
   module.def("calibrate", &calibrate, py::arg("pairs"), py::arg("totals"), py::arg("fit"), py::arg("prior_pairs"),
              py::arg("min_pairs"), "Fits every kappa from the pairs so far; fit moves in place.");
+  module.def("mark_chosen", &mark_chosen, py::arg("rows"), py::arg("position"), py::arg("arm"), py::arg("flags"),
+             py::arg("left"), py::arg("max_uses"),
+             "Counts one use of each of `rows`, distinct; flags and left move in place.");
+  module.def("end_round", &end_round, py::arg("rows"), py::arg("begin_idu"), py::arg("drop").none(true),
+             py::arg("arms"), py::arg("position"), py::arg("arm"), py::arg("values"), py::arg("seen"), py::arg("flags"),
+             py::arg("coefficients"), py::arg("by_round"), py::arg("smoothing"), py::arg("fall_of_utility"),
+             py::arg("counters"), py::arg("unit"),
+             "Closes a round: its rows' utilities, counters and unit move in place. Returns the reward of each of "
+             "`arms`, float64 [m]; rows observed and the mean of their losses, float64 [2]; which rows are set aside, "
+             "bool [R].");
 }
 
 }  // namespace lead_fast::python
