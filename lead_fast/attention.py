@@ -71,10 +71,10 @@ def packed_attention(
     kernel, reason = _kernel_for(query, value.shape[-1], dropout, scaling, sliding_window, softcap)
     if kernel is None or cu_seq_lens_q is None or max_length_q is None:
         if reason is not None and not _unsaid:
-            _say_once(f"attention runs sample by sample: {reason}")
+            say_once(f"attention runs sample by sample: {reason}")
         recomputed = torch.compiler.is_compiling() and _is_recomputed(module)
         if recomputed and dropout > 0.0:
-            _say_once("attention has dropout: torch.compile makes no graph of layers that are recomputed")
+            say_once("attention has dropout: torch.compile makes no graph of layers that are recomputed")
         if recomputed and dropout == 0.0:
             return _per_sample_operator(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap), None
         return _uncompiled(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window, softcap), None
@@ -107,7 +107,7 @@ def _constant(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @_constant
-def _say_once(text: str) -> None:
+def say_once(text: str) -> None:
     logger.warning("%s", text)
 
 

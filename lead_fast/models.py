@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,10 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from lead_fast.attention import COMPILED_LAYER, unsaid
+from lead_fast.attention import COMPILED_LAYER, PACKED_ATTENTION, say_once, unsaid
 from lead_fast.ops import LinearCrossEntropyOutput, Reduction, SampleStats, Stats, linear_cross_entropy
 from lead_fast.packing import PackedBatch
-from lead_fast.shards import is_partitioned
+from lead_fast.shards import are_sharded, is_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +152,12 @@ def _some_ids(model: PreTrainedModel, count: int, first: int = 0) -> Tensor:
 def check_packing(model: PackedModel) -> None:
     """Compares two packed samples with each of them alone under transformers' own eager attention.
 
+    Where they differ, the model mixes tokens by something else than attention (convolutions, recurrences, position biases of
+    its own) and packed samples would leak into each other: they are run one by one from then on. So are those of a model that
+    refuses packed batches itself, or whose attention is its own and would look at all pairs of tokens in them.
+
     Raises:
-        ValueError: they differ: the model mixes tokens by something else than attention (convolutions, recurrences,
-            position biases of its own), so packed samples would leak into each other.
+        ValueError: they still differ; or weights are sharded, whose ranks would not gather them equally often.
     """
     causal = model.causal_lm
     was_training, implementation = model.training, str(causal.config._attn_implementation)
@@ -169,28 +175,51 @@ def check_packing(model: PackedModel) -> None:
         max_length=max(lengths),
         num_items=sum(lengths),
     )
-    packed = model.hidden(batch)
+
+    def distance(hidden: Tensor) -> float:
+        return float((hidden.float() - expected.float()).norm() / expected.float().norm())
 
     def alone(attention: str) -> Tensor:
         causal.set_attn_implementation(attention)
-        hidden = [body_of(causal)(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in samples]
-        return torch.cat(hidden).float()
+        return _one_by_one(causal, batch).last_hidden_state[0]
 
-    def error(hidden: Tensor) -> float:
-        return float((hidden.float() - expected).norm() / expected.norm())
-
+    packed, reason = None, "its attention is its own"
+    if implementation == PACKED_ATTENTION:
+        try:
+            packed, reason = model.hidden(batch), "packed, they would leak into each other"
+        except ValueError as error:  # of packed_attention, or of the model itself, which knows that it cannot
+            reason = str(error)
     expected = alone("eager")
-    difference, tolerance = error(packed), 1e-4 if packed.dtype == torch.float32 else 5e-2
-    if difference >= tolerance and packed.dtype != torch.float32 and causal._supports_sdpa:
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
+    difference = math.inf if packed is None else distance(packed)
+    if difference >= tolerance and expected.dtype != torch.float32 and causal._supports_sdpa:
         # Deep models with large activations: how far apart does rounding drive two that are right?
-        tolerance = max(tolerance, 3.0 * error(alone("sdpa")))
+        tolerance = max(tolerance, 3.0 * distance(alone("sdpa")))
     causal.set_attn_implementation(implementation)
-    model.train(was_training)
     if not difference < tolerance:
-        raise ValueError(
-            f"check_packing: {type(causal).__name__} gives packed samples other hidden states than it gives each alone "
-            f"(relative difference {difference:.2g}); it cannot be trained on packed batches"
-        )
+        model.one_by_one = True
+        causal.set_attn_implementation("sdpa" if causal._supports_sdpa else "eager")
+        if not distance(model.hidden(batch)) < tolerance:
+            raise ValueError(
+                f"check_packing: {type(causal).__name__} gives packed samples other hidden states than it gives each alone "
+                f"(relative difference {difference:.2g}); it cannot be trained on packed batches"
+            )
+        say_once(f"samples run through {type(causal).__name__} one by one: {reason}")
+    model.train(was_training)
+
+
+def _one_by_one(model: PreTrainedModel, batch: PackedBatch, **options: Any) -> Any:
+    """What the body gives for each sample alone, put together as of a packed batch. Waits for the device."""
+    body = body_of(model)
+    outputs = [
+        body(input_ids=batch.input_ids[None, start:end], use_cache=False, **options)
+        for start, end in pairwise(batch.cu_seqlens.tolist())
+    ]
+    hidden = torch.cat([output.last_hidden_state for output in outputs], 1)
+    routers = [output.router_logits for output in outputs if getattr(output, "router_logits", None) is not None]
+    # Of each layer [tokens, experts].
+    router_logits = tuple(torch.cat(layer) for layer in zip(*routers, strict=True)) or None
+    return SimpleNamespace(last_hidden_state=hidden, router_logits=router_logits)
 
 
 class PackedModel(nn.Module):
@@ -203,6 +232,7 @@ class PackedModel(nn.Module):
 
     Attributes:
         checked: the model computes what is computed here in its place.
+        one_by_one: samples would leak into each other, so each runs through the model alone.
 
     Raises:
         ValueError: a model that cannot be served, see `check_head` and `check_packing`.
@@ -210,15 +240,15 @@ class PackedModel(nn.Module):
 
     def __init__(self, model: nn.Module, *, check: bool = True) -> None:
         super().__init__()
-        self.model, self.checked = model, False
+        self.model, self.checked, self.one_by_one = model, False, False
         if check and not any(map(is_partitioned, model.parameters())):
             self.check()
 
     def check(self) -> None:
         """Compares it with the model's own forward. Of weights that FSDP has sharded it must be a call of the root module."""
         with unsaid():
-            check_head(self.causal_lm)
             check_packing(self)
+            check_head(self.causal_lm)
         self.checked = True
 
     @property
@@ -246,6 +276,13 @@ class PackedModel(nn.Module):
         return self._run(batch).last_hidden_state[0]
 
     def _run(self, batch: PackedBatch, **options: Any) -> Any:
+        if self.one_by_one:
+            if are_sharded(self.parameters()):
+                raise ValueError(
+                    f"PackedModel: the weights of {type(self.causal_lm).__name__} must be whole, since its samples run one by "
+                    f"one and ranks with more of them would wait for the others' shards, got sharded ones; use DDP"
+                )
+            return _one_by_one(self.causal_lm, batch, **options)
         return body_of(self.causal_lm)(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],

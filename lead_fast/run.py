@@ -84,7 +84,8 @@ def open_inputs(config: PrepareConfig) -> Prepared | Pool:
         )
     if (Path(config.pool) / PREPARED_FILE).exists():
         prepared = load_prepared(Path(config.pool))
-        if config.model is not None or config.model_config is not None:
+        same = config.model is not None and Path(config.model).resolve() == Path(prepared.base).resolve()
+        if config.model_config is not None or not (config.model is None or same):
             raise ValueError(f"model: {config.pool} was prepared with {prepared.base}; leave --model and --model-config out")
         if prepared.start is not None and prepared.summary["tuning"] != config.tuning:
             raise ValueError(f"tuning: {config.pool} was prepared with {prepared.summary['tuning']!r}, got {config.tuning!r}")

@@ -93,6 +93,10 @@ def attach(engine: LeadEngine, optimization: Optimization) -> FirstOrder | None:
         raise TrainingError(
             "estimator 'first_order' reads the layers as they run: leave --gradient-checkpointing and --compile out"
         )
+    if first_order is not None and optimization.packed.one_by_one:
+        raise TrainingError(
+            "estimator 'first_order' reads packed batches, and this model's samples run one by one; use grad_norm"
+        )
     if first_order is not None and first_order.sketch is None:
         first_order.follow(optimization.bare, seed=engine.config.seed)
     return first_order

@@ -97,7 +97,7 @@ OPTIONS = [{}, {"scaling": 0.7}, {"sliding_window": 3}, {"scaling": 0.2, "slidin
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 @pytest.mark.parametrize("kernel", RELEASES, indirect=True)
 def test_every_release_gives_what_each_sample_gets_alone(kernel, num_kv_heads, options, caplog, monkeypatch):
-    monkeypatch.setattr(attention, "_say_once", attention._say_once.__wrapped__)
+    monkeypatch.setattr(attention, "say_once", attention.say_once.__wrapped__)
     q, k, v = heads(4, 0), heads(num_kv_heads, 1), heads(num_kv_heads, 2)
     got, _ = packed_attention(None, q, k, v, None, cu_seq_lens_q=BOUNDS, max_length_q=12, **options)
     expected = per_sample_attention(q, k, v, BOUNDS, **options)
@@ -119,7 +119,7 @@ def test_half_precision_alone_reaches_a_kernel(monkeypatch):
 
 def test_what_a_model_s_check_runs_sample_by_sample_is_not_said(monkeypatch, caplog):
     """The check of fp32 weights runs without autocast, and says nothing of how they are trained."""
-    monkeypatch.setattr(attention, "_say_once", attention._say_once.__wrapped__)
+    monkeypatch.setattr(attention, "say_once", attention.say_once.__wrapped__)
     monkeypatch.setattr(attention, "_kernel_for", lambda *_: (None, "the reason"))
     tokenizer = train_tokenizer(["some words " * 9], 300)
     model = PackedModel(build_model("tiny", tokenizer, seed=0, device=torch.device("cpu")))
@@ -286,7 +286,7 @@ def test_values_may_be_narrower_than_keys():
 
 def test_dropout_that_keeps_a_recomputed_layer_from_its_graph_is_said(caplog, monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(attention, "_say_once", attention._say_once.__wrapped__)
+    monkeypatch.setattr(attention, "say_once", attention.say_once.__wrapped__)
     q = heads(4, 0)
     torch.compile(lambda: packed_attention(RECOMPUTED, q, q, q, None, dropout=0.1, cu_seq_lens_q=BOUNDS), backend="eager")()
     assert "attention has dropout: torch.compile makes no graph" in caplog.text

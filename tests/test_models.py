@@ -1,5 +1,7 @@
 """Packed forward passes, LM heads, LoRA, saving."""
 
+import sys
+
 import pytest
 import torch
 import transformers
@@ -314,7 +316,7 @@ def test_a_deep_model_whose_rounding_drives_kernels_apart_is_served(tokenizer):
     model = prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
     assert PackedModel(model).checked and model.config._attn_implementation == PACKED_ATTENTION
 
-    def leaks(self, batch):
+    def leaks(self, batch):  # also where samples run one by one
         hidden = self._run(batch).last_hidden_state[0]
         return hidden.roll(batch.cu_seqlens[1].item(), 0)
 
@@ -323,22 +325,69 @@ def test_a_deep_model_whose_rounding_drives_kernels_apart_is_served(tokenizer):
         PackedModel(model)
 
 
-@pytest.mark.parametrize("kind", ["bloom", "mamba"])
-def test_a_model_whose_packed_samples_would_leak_into_each_other_is_refused(kind, tokenizer):
+# Models that mix tokens by more than attention, or by attention of their own: no packed sample may reach another.
+MIXING = {
+    "bloom": dict(n_head=4, n_layer=2),
+    "falcon": dict(alibi=True, num_attention_heads=4, num_hidden_layers=2, new_decoder_architecture=False),
+    "mpt": dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=512),
+    "mamba": dict(num_hidden_layers=2, state_size=8),
+    "gpt_oss": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
+                    num_local_experts=4, num_experts_per_tok=2, layer_types=["sliding_attention", "full_attention"],
+                    sliding_window=8, output_router_logits=True, router_aux_loss_coef=0.5),
+    "qwen3_next": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
+                       layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=4,
+                       linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
+                       moe_intermediate_size=16, shared_expert_intermediate_size=16, output_router_logits=True,
+                       router_aux_loss_coef=0.5),
+}  # fmt: skip
+
+
+def mixing(kind, vocab):
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        kind,
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        n_head=4,
-        n_layer=2,
-        alibi=True,
-    )
-    model = prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    with pytest.raises(ValueError, match="gives packed samples other hidden states"):
-        PackedModel(model)
+    config = transformers.AutoConfig.for_model(kind, **{"vocab_size": vocab, "hidden_size": 32, **MIXING[kind]})
+    return prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_samples_that_would_leak_into_each_other_run_one_by_one(kind, tokenizer, samples, caplog):
+    model = mixing(kind, len(tokenizer))
+    packed, batch = PackedModel(model), pack(samples)
+    assert packed.one_by_one and "one by one: " in caplog.text
+    assert model.config._attn_implementation != PACKED_ATTENTION
+    out = packed(batch, reduction="sum")
+    out.loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for s, sample in enumerate(samples):
+        ids = torch.from_numpy(sample.input_ids)[None]
+        nll = nn.functional.cross_entropy(model(input_ids=ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="none")
+        mask = torch.from_numpy(sample.supervised[1:])
+        nll[mask].sum().backward()
+        torch.testing.assert_close(out.samples.loss[s], nll[mask].mean().detach(), rtol=2e-5, atol=2e-5)
+    assert gradients
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            scale = float(parameter.grad.abs().max())
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * max(scale, 1.0))
+
+
+def test_experts_of_samples_that_run_one_by_one_are_balanced_over_all_of_them(tokenizer, samples):
+    model = mixing("qwen3_next", len(tokenizer))
+    packed, batch = PackedModel(model), pack(samples)
+    routers = [
+        model.model(input_ids=torch.from_numpy(s.input_ids)[None], output_router_logits=True).router_logits for s in samples
+    ]
+    function = sys.modules[type(model).__module__].load_balancing_loss_func
+    expected = 0.5 * function(tuple(torch.cat(layer) for layer in zip(*routers, strict=True)), 4, 2)
+    plain = packed(batch, reduction="sum").loss / batch.num_items
+    torch.testing.assert_close(packed(batch).loss - plain, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_samples_that_run_one_by_one_need_whole_weights(tokenizer, samples):
+    packed = PackedModel(mixing("mamba", len(tokenizer)))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=r"must be whole, .* use DDP"):
+        patch.setattr("lead_fast.models.are_sharded", lambda _: True)
+        packed(pack(samples))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe"])

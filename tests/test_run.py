@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from lead_fast.cli import main
 from lead_fast.demo_pool import demo_rows
 from lead_fast.files import read_jsonl, write_jsonl
+from lead_fast.offline.prepare import load_prepared
 from lead_fast.report import write_run_report
 
 OPTIONS = [
@@ -149,7 +150,8 @@ def test_prepare_alone_gives_train_the_same_pool(run, pool, heldout, tmp_path, c
     for wrong, message in ((["--tuning", "full"], "prepared with 'lora'"), (["--model", "x"], "leave --model")):
         assert main(["train", "--pool", str(prepared), "--out", str(out), *options, *wrong]) == 1
         assert message in capfd.readouterr().err and not out.exists()
-    assert main(["train", "--pool", str(prepared), "--heldout", str(heldout), "--out", str(out), *options]) == 0
+    same = ["--model", load_prepared(prepared).base]  # says again what is known
+    assert main(["train", "--pool", str(prepared), "--heldout", str(heldout), "--out", str(out), *options, *same]) == 0
     assert (out / "selected.jsonl").read_bytes() == (run / "selected.jsonl").read_bytes()
 
 

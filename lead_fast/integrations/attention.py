@@ -35,6 +35,7 @@ class AttentionSwitch:
         try:
             yield
         finally:
+            self._packed = self._current()  # the check of a model may have found that its samples run one by one
             self._set(self._own)
 
     def _current(self) -> list[str | None]:

@@ -120,6 +120,10 @@ class LeadRounds(_Host):
             raise ValueError(
                 f"{type(self).__name__}: `torch_compile` must be False: first_order reads layers as they run, got True"
             )
+        if self._first_order is not None and self._packed.one_by_one:
+            raise ValueError(
+                f"{type(self).__name__}: `estimator` first_order reads packed batches, and this model's samples run one by one"
+            )
         if self._first_order is not None and self._first_order.sketch is None:
             self._first_order.follow(self._packed.model, seed=self.engine.config.seed)
 
