@@ -38,7 +38,7 @@ from lead_fast.reference_state import (
 )
 from lead_fast.rng import philox_uniform
 from lead_fast.rounds import OpenRound, Round, RoundReport, SampleStatistics
-from lead_fast.selection import Candidates, Groups, candidate_positions, cut_to_budget
+from lead_fast.selection import Candidates, Groups, candidate_positions, cut_to_budget, rows_aside
 from lead_fast.utility import (
     Clocks,
     LossChangeEstimator,
@@ -54,7 +54,7 @@ from lead_fast.visits import begin_record
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 
 class LeadEngine:
@@ -96,7 +96,8 @@ class LeadEngine:
         arm = np.asarray(pool.arm)
         task = np.zeros(len(arm), np.int32) if pool.task is None else np.asarray(pool.task)
         self.num_arms = int(arm.max()) + 1 if len(arm) else 0
-        self.groups = Groups(arm, task, np.asarray(pool.aside), self.num_arms, self.device)
+        aside = rows_aside(np.asarray(pool.aside), pool.difficulty, str(self.config.hard_rows))
+        self.groups = Groups(arm, task, aside, self.num_arms, self.device)
         if not self.groups.num_choosable:
             raise ValueError(f"LeadEngine: `pool` must have a row that may be chosen, got {len(pool)} rows, all set aside")
         first_utility = np.asarray(pool.utility, np.float32)
@@ -191,8 +192,13 @@ class LeadEngine:
                 counted. RuntimeError: no round is open.
         """
         self._open("observe")
-        if rows.dtype != torch.int64 or rows.dim() != 1:
-            raise ValueError(f"LeadEngine.observe: `rows` must be int64 [S], got {rows.dtype} {list(rows.shape)}")
+        if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
+            got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"LeadEngine.observe: `rows` must be an int64 tensor [S], got {got}")
+        if samples is None:
+            raise ValueError(
+                "LeadEngine.observe: `samples` must be `linear_cross_entropy(...).samples` of stats='all', got None"
+            )
         loss, num_tokens, grad_norm_sq = samples.loss, samples.num_tokens, samples.grad_norm_sq
         if loss.shape != rows.shape:
             raise ValueError(f"LeadEngine.observe: `samples` must have {len(rows)} entries, one a row, got {list(loss.shape)}")
@@ -210,10 +216,14 @@ class LeadEngine:
         Args:
             lr: the learning rate that the step used.
             num_items: supervised tokens of the whole step, over all micro-batches and ranks; number or 0-d tensor.
+
+        Raises:
+            ValueError: a number that is negative or not finite (a tensor is not looked at). RuntimeError: no round is open.
         """
         self._open("step")
-        if not math.isfinite(lr) or lr < 0.0:
-            raise ValueError(f"LeadEngine.step: `lr` must be a finite number >= 0, got {lr!r}")
+        for name, value in (("lr", lr), ("num_items", num_items)):
+            if not isinstance(value, Tensor) and not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"LeadEngine.step: `{name}` must be a finite number >= 0, got {value!r}")
         self.clocks.step(lr, num_items, self._at.arms)
 
     def end_round(self) -> RoundReport:
@@ -417,6 +427,8 @@ class LeadEngine:
         return {
             "version": STATE_VERSION,
             "pool": self.pool.fingerprint,
+            "positions": self.groups.digest,
+            "estimators": list(self.estimators),
             "num_rounds": self.num_rounds,
             "num_used": self.num_used,
             "first_visits": list(self._first_visits),
@@ -437,14 +449,16 @@ class LeadEngine:
         """Restores `state_dict()` into an engine over the same pool and configuration.
 
         Raises:
-            ValueError: another version, another pool, other estimators, or arrays of another size.
+            ValueError: another version, another pool or other arms of it, or other estimators; nothing has changed then.
         """
-        if state["version"] != STATE_VERSION:
-            raise ValueError(f"LeadEngine: state `version` must be {STATE_VERSION}, got {state['version']}")
-        if state["pool"] != self.pool.fingerprint:
-            raise ValueError(f"LeadEngine: state `pool` must be {self.pool.fingerprint}, got {state['pool']}")
-        if state["shadows"].keys() != self._shadows.keys():
-            raise ValueError(f"LeadEngine: state `shadows` must be {sorted(self._shadows)}, got {sorted(state['shadows'])}")
+        # Of one pool in one order, all arrays have one size.
+        for name, expected in (
+            ("version", STATE_VERSION), ("pool", self.pool.fingerprint), ("positions", self.groups.digest),
+            ("estimators", list(self.estimators)),
+        ):  # fmt: skip
+            if (got := state.get(name)) != expected:
+                also = ": the pool's arms, tasks or rows set aside have changed" if name == "positions" else ""
+                raise ValueError(f"LeadEngine: state `{name}` must be {expected}, got {got}{also}")
         self.table.load_state_dict(state["table"])
         self.clocks.load_state_dict(state["clocks"])
         self.estimator.load_state_dict(state["estimator"])

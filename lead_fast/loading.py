@@ -131,6 +131,20 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def load_converted(model: PreTrainedModel, folder: str) -> None:
+    """Loads the weights that `save_pretrained` wrote of this very model, under whatever names.
+
+    Raises:
+        RuntimeError: the folder does not have all of them.
+    """
+    saved, found = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)  # pyright: ignore
+    if found["missing_keys"]:
+        raise RuntimeError(
+            f"{folder}: expected all weights of {type(model).__name__}, got none for {sorted(found['missing_keys'])}"
+        )
+    model.load_state_dict(saved.state_dict())
+
+
 def _rope(config: Any) -> dict[str, Any]:
     return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
 
@@ -150,26 +164,31 @@ def rotary_limit(model: PreTrainedModel) -> int | None:
     return min(limits, default=None)
 
 
+def length_limit(model: PreTrainedModel) -> tuple[int, str] | None:
+    """Tokens that a sample may have at most, and why; None for any number.
+
+    There are learned positions for no more; or rotary embeddings change with the longest sequence, and with them the results
+    of shorter samples packed beside it.
+    """
+    config, name = model.config.get_text_config(), type(model).__name__
+    if (original := rotary_limit(model)) is not None:
+        return original, f"the rotary embeddings of {name} change for all samples of a batch where one is longer"
+    tokens, limit = model.get_input_embeddings(), getattr(config, "max_position_embeddings", None)
+    learned = not _rope(config) and any(isinstance(m, nn.Embedding) and m is not tokens for m in body_of(model).modules())
+    return (limit, f"{name} has no more positions") if learned and limit is not None else None
+
+
 def check_length(model: PreTrainedModel, max_length: int) -> None:
     """Compares the longest sample with what the positions of a model are made for.
 
     Raises:
-        ValueError: there are learned positions for fewer tokens; or rotary embeddings that change with the longest sequence,
-            and with it the results of shorter samples packed beside it.
+        ValueError: it is longer than `length_limit`.
     """
-    config: Any = model.config.get_text_config()
-    limit, name = getattr(config, "max_position_embeddings", None), type(model).__name__
-    if (original := rotary_limit(model)) is not None and max_length > original:
-        raise ValueError(
-            f"max_length: expected at most {original} for {name}, whose rotary embeddings change for all samples of a "
-            f"batch where one is longer, got {max_length}"
-        )
-    if limit is None or max_length <= limit:
-        return
-    tokens, rope = model.get_input_embeddings(), _rope(config)
-    if not rope and any(isinstance(m, nn.Embedding) and m is not tokens for m in body_of(model).modules()):
-        raise ValueError(f"max_length: expected at most {limit}, the positions of {name}, got {max_length}")
-    logger.warning("max_length %d is beyond the %d positions that the model is made for", max_length, limit)
+    if (limit := length_limit(model)) is not None and max_length > limit[0]:
+        raise ValueError(f"max_length: expected at most {limit[0]}: {limit[1]}, got {max_length}")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        logger.warning("max_length %d is beyond the %d positions that the model is made for", max_length, positions)
 
 
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:

@@ -7,8 +7,11 @@ itself is the operator `rank` (`lead_fast.reference_state`).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import logging
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +21,22 @@ from torch import Tensor
 from lead_fast.device import scattered
 from lead_fast.reference_state import USES, available_positions
 
+logger = logging.getLogger(__name__)
+
 _MAX_ROWS = 2**31 - 2
+
+
+def rows_aside(aside: np.ndarray, difficulty: np.ndarray | None, hard_rows: str) -> np.ndarray:
+    """Rows that are never chosen, bool [N]: `aside`, and where `hard_rows` is "aside" those whose prompt does not help, unless
+    there are no others."""
+    if hard_rows != "aside" or difficulty is None:
+        return aside
+    hard = np.asarray(difficulty) > 1.0
+    if (aside | hard).all():
+        return aside  # as `lead-fast prepare`, which says so
+    if num_hard := int((hard & ~aside).sum()):
+        logger.info("%d of %d rows have a difficulty above 1: set aside (hard_rows)", num_hard, len(hard))
+    return aside | hard
 
 
 class Groups:
@@ -58,6 +76,14 @@ class Groups:
         self.rows, self.position = torch.from_numpy(order).to(device), scattered(torch.from_numpy(position).to(device))
         self.arm = scattered(torch.from_numpy(arm.astype(np.int16)[order]).to(device))
         self.offsets, self.arm_groups = torch.from_numpy(self._offsets).to(device), torch.from_numpy(bounds).to(device)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the order: of two pools with one, a table by position is of the same rows."""
+        digest = hashlib.sha256()
+        for array in (self.rows, self.offsets, self.arm_groups):
+            digest.update(array.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def choosable_rows(self) -> Tensor:
         """All rows that may be chosen, in position order: int64 on the device."""

@@ -1,5 +1,6 @@
 """What users add to the engine and ask of it: estimators of their own, rounds by tokens, misuse."""
 
+import dataclasses
 from io import BytesIO
 
 import numpy as np
@@ -153,7 +154,7 @@ def test_calls_out_of_turn_and_wrong_arguments_are_named():
     engine.begin_round()
     with pytest.raises(RuntimeError, match="round 1 must be ended first"):
         engine.begin_round()
-    with pytest.raises(ValueError, match=r"`rows` must be int64 \[S\], got torch.int32 \[2\]"):
+    with pytest.raises(ValueError, match=r"`rows` must be an int64 tensor \[S\], got torch.int32 \[2\]"):
         engine.observe(rows_of(batch).int(), samples(batch))
     with pytest.raises(ValueError, match=r"`samples` must have 1 entries"):
         engine.observe(rows_of(batch[:1]), samples(batch))
@@ -162,8 +163,55 @@ def test_calls_out_of_turn_and_wrong_arguments_are_named():
         with pytest.raises(ValueError, match=r"observe: `rows` must be in \[-1, 120\), got"):
             engine.observe(torch.tensor(rows), samples(batch))
     assert before and int(engine.table.seen[1].sum()) == 0  # nothing was written
-    with pytest.raises(ValueError, match="`lr` must be a finite number"):
-        engine.step(lr=float("nan"), num_items=3)
+    for lr, num_items, name in (
+        (float("nan"), 3, "lr"),
+        (-1.0, 3, "lr"),
+        (0.1, float("nan"), "num_items"),
+        (0.1, -5, "num_items"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` must be a finite number"):
+            engine.step(lr=lr, num_items=num_items)
+    assert engine.clocks.num_steps == 0
+    for rows, out, message in (
+        (np.arange(2), samples(batch), "tensor .*, got ndarray"),
+        (rows_of(batch), None, "stats='all', got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.observe(rows, out)
+
+
+def test_a_state_of_other_arms_or_estimators_is_refused_and_changes_nothing():
+    engine, _ = make()
+    pool = engine.pool
+    engine.begin_round()
+    before = engine.state_dict()
+    config = lf.LeadConfig(**OPTIONS)
+    arm, task = np.asarray(pool.arm), np.asarray(pool.task)
+    for changed in ({"arm": arm[::-1].copy()}, {"task": task[::-1].copy()}, {"aside": np.arange(len(arm)) < 3}):
+        other = lf.LeadEngine(pool.with_arrays(**changed), config)
+        kept = other.state_dict()
+        with pytest.raises(ValueError, match=r"state `positions` must be .*arms, tasks or rows set aside have changed"):
+            other.load_state_dict(before)
+        assert same_state(other.state_dict(), kept)
+    other = lf.LeadEngine(pool, dataclasses.replace(config, estimator="none"))
+    with pytest.raises(ValueError, match=r"state `estimators` must be \['none'\], got \['grad_norm'\]"):
+        other.load_state_dict(before)
+    assert other.open_round is None
+
+
+@pytest.mark.parametrize("hard_rows", ["aside", "zero"])
+def test_rows_whose_prompt_does_not_help_are_chosen_where_the_configuration_says(hard_rows):
+    pool, _ = make_pool()
+    difficulty = np.where(np.arange(len(pool)) % 3 == 0, 1.2, 0.7).astype(np.float32)
+    config = lf.LeadConfig(**OPTIONS, hard_rows=hard_rows)
+    engine = lf.LeadEngine(pool.with_arrays(difficulty=difficulty), config)
+    chosen = []
+    while (rnd := engine.begin_round()) is not None:
+        chosen += rnd.rows.tolist()
+        engine.end_round()
+    assert (min(row % 3 for row in chosen) > 0) == (hard_rows == "aside")
+    engine = lf.LeadEngine(pool.with_arrays(difficulty=difficulty + 1), config)
+    assert engine.groups.num_choosable == int((~pool.aside).sum())  # there are no others
 
 
 @pytest.mark.parametrize("options", [{}, {"estimator": "historical", "preset": "paper"}], ids=str)

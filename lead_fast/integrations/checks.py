@@ -7,7 +7,21 @@ from typing import Any
 
 from transformers import Trainer
 
+from lead_fast.pool import Pool
+
 logger = logging.getLogger(__name__)
+
+
+def check_pool(op: str, pool: Any) -> None:
+    """Refuses what is no pool, by name.
+
+    Raises:
+        TypeError: `pool` is something else.
+    """
+    if not isinstance(pool, Pool):
+        raise TypeError(
+            f"{op}: `pool` must be a Pool, by Pool.load(folder) or Pool.from_jsonl(path), got {type(pool).__name__}"
+        )
 
 
 def check_host(op: str, trainer: Any) -> None:
@@ -40,12 +54,25 @@ def check_host(op: str, trainer: Any) -> None:
         (trainer.compute_loss_func is not None, "compute_loss_func", "None: the fused loss is the loss, got a function"),
         (trainer.model_init is not None, "model_init", "None: give the model itself, got a function"),
         (_prompt_learning(model), "model", "a causal LM or one with adapters such as LoRA, got one with a learned prompt"),
+        (bool(wrapped := _does_more_outside(model)), "model",
+         f"a causal LM or one with adapters that act inside its layers, got {wrapped}"),
     ):  # fmt: skip
         if bad:
             raise ValueError(f"{op}: `{name}` must be {expected}")
     for name in ("save_strategy", "eval_strategy"):
         if getattr(args, name) == "epoch":
             logger.warning("%s: a run is one epoch, so `%s` 'epoch' means once, at its end; 'steps' comes more often", op, name)
+
+
+def _does_more_outside(model: Any) -> str:
+    """The kind of adapters whose wrapper does something of its own around the model's forward, where packed batches go past."""
+    configs = getattr(model, "peft_config", None) or {}
+    for name in getattr(model, "active_adapters", None) or [] if configs else []:
+        if (kind := getattr(configs[name].peft_type, "value", "")) == "ADALORA":
+            return f"{kind}, whose wrapper adds a term to the loss"
+        if getattr(configs[name], "alora_invocation_tokens", None) is not None:
+            return "activated LoRA, whose wrapper tells each layer where an adapter begins"
+    return ""
 
 
 def _prompt_learning(model: Any) -> bool:

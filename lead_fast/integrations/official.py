@@ -96,7 +96,12 @@ class OfficialLead:
         compat: Compat | None = None, device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         self.compat = compat = compat or Compat()
-        ids = np.arange(len(pool)) if dataset_ids is None else np.asarray(dataset_ids, np.int64)
+        try:
+            ids = np.arange(len(pool)) if dataset_ids is None else np.asarray(dataset_ids, np.int64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"OfficialLead: `dataset_ids` must be {len(pool)} distinct integers, got others: {error}"
+            ) from error
         if ids.shape != (len(pool),) or len(np.unique(ids)) != len(ids):
             raise ValueError(f"OfficialLead: `dataset_ids` must be {len(pool)} distinct integers, got {len(np.unique(ids))}")
         self.dataset_ids, self._row_of = ids, {int(name): row for row, name in enumerate(ids)}

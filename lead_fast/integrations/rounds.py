@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,16 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from lead_fast.device import copy_to_host
 from lead_fast.engine import LeadEngine
 from lead_fast.ops import SampleStats
 from lead_fast.packing import PackedBatch, Sample, pack, without_supervision
 from lead_fast.ranks import Ranks
 from lead_fast.rounds import Round
 
+logger = logging.getLogger(__name__)
+
 STATE_FORMAT = 2
 _COUNTS = ("num_tokens", "num_items")
 _POSITION = ("used_before", "steps_done", *_COUNTS)
 _POOL_ARRAYS = ("arm", "task", "utility", "num_tokens", "aside")
+_OTHER_LOSSES = 0.1  # of the mean utility: rounding and dropout are below it, another model or other masks above
 
 
 @dataclass
@@ -76,6 +81,8 @@ class HostRounds:
         self.engine, self.samples_of, self.ranks = engine, samples_of, ranks or Ranks()
         self.batch_size, self.accumulation = batch_size, accumulation
         self.open: OpenRound | None = None
+        self._barren: list[int] = []  # rows of the open round without a supervised token
+        self._untrained: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows and losses before the first optimizer step
 
     # The stream.
 
@@ -99,7 +106,9 @@ class HostRounds:
         samples = iter(self.samples_of([row for rows in ahead for row in rows]))
         for rows in ahead:
             if rows:
-                yield dict(vars(pack([next(samples) for _ in rows], rows)))
+                own = [next(samples) for _ in rows]
+                self._barren += [row for row, sample in zip(rows, own, strict=True) if not sample.supervised[1:].any()]
+                yield dict(vars(pack(own, rows)))
             elif self.ranks.world > 1:
                 yield dict(vars(without_supervision(pack(self.samples_of([int(opened.round.rows[0])])))))
             else:
@@ -114,9 +123,15 @@ class HostRounds:
     def observe(self, batch: PackedBatch, samples: SampleStats) -> None:
         """Takes the statistics of one micro-batch, before the optimizer step it belongs to."""
         opened = self._open("observe")
+        loss, num_tokens = samples.loss, samples.num_tokens
+        if self._barren:  # what nothing is to be learned of is not chosen again
+            none = (num_tokens == 0) & (batch.rows >= 0)
+            loss, num_tokens = loss.masked_fill(none, math.nan), num_tokens.masked_fill(none, 1.0)
+        self.engine.observe(batch.rows, samples._replace(loss=loss, num_tokens=num_tokens))
         if not batch.num_items:
-            return  # nothing was learned of any row
-        self.engine.observe(batch.rows, samples)
+            return
+        if self.engine.clocks.num_steps == 0:
+            self._untrained.append((batch.rows, loss.clone()))
         opened.num_tokens += batch.num_tokens
         opened.num_items += batch.num_items
 
@@ -134,6 +149,13 @@ class HostRounds:
         """
         opened, engine = self._open("end"), self.engine
         report = engine.end_round()
+        if num_barren := self.ranks.sum_of(len(self._barren)):
+            logger.warning(
+                "round %d: %d of its %d rows have no supervised token: never chosen again", report.number, num_barren,
+                len(opened.round),
+            )  # fmt: skip
+        self._barren = []
+        self._compare_utilities()
         num_tokens, num_items = self.ranks.sum_of(opened.num_tokens), self.ranks.sum_of(opened.num_items)
         self.open = None
         metrics: dict[str, float] = {
@@ -143,7 +165,7 @@ class HostRounds:
             "lead/scaled_reward": report.scaled_rewards[0],
             "lead/mean_loss": report.mean_loss,
             "lead/samples": report.num_samples,
-            "lead/quarantined": report.num_quarantined,
+            "lead/quarantined": report.num_quarantined - num_barren,
             "lead/steps": opened.steps_done,
             "lead/tokens": num_tokens,
             "lead/supervised_tokens": num_items,
@@ -155,6 +177,24 @@ class HostRounds:
         metrics |= {f"lead/calibration_{name}": value for name, value in numbers.items()}
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
+    def _compare_utilities(self) -> None:
+        """Warns where the losses of the model that came are not those that the pool's utilities say."""
+        columns = copy_to_host(*(torch.cat(column) for column in zip(*self._untrained, strict=True)))
+        self._untrained = []
+        if not columns:
+            return
+        rows, observed = (column.numpy() for column in columns)
+        said = np.asarray(self.engine.pool.utility)[rows[(seen := (rows >= 0) & np.isfinite(observed))]]
+        if not len(said) or not self.ranks.is_first:
+            return
+        difference = float(np.abs(observed[seen] - said).mean())
+        if difference > _OTHER_LOSSES * float(np.abs(said).mean()):
+            logger.warning(
+                "before any training, %d samples have a loss of %.3f on average, and `pool.utility` says %.3f (they differ by "
+                "%.3f): was it measured with another model (the one to train is in the prepared pool's folder), other prompts "
+                "or other masks?", len(said), float(observed[seen].mean()), float(said.mean()), difference,
+            )  # fmt: skip
+
     # How far.
 
     @property
@@ -165,8 +205,8 @@ class HostRounds:
             used = self.open.used_before + (used - self.open.used_before) * self.open.steps_done / self.open.num_steps
         return min(1.0, used / self.engine.budget)
 
-    def estimated_steps(self) -> int:
-        """Optimizer steps that the budget takes, if arms are drawn alike and no row is drawn twice."""
+    def rows_per_round(self) -> int:
+        """Rows that a round has, if arms are drawn alike."""
         engine, config = self.engine, self.engine.config
         sizes = engine.groups.group_sizes
         if config.round_tokens is not None:
@@ -176,8 +216,12 @@ class HostRounds:
             rows = config.arms_per_round * quotas.sum() / np.count_nonzero(engine.groups.arm_sizes)
         if config.min_rounds:
             rows = min(rows, engine.budget // config.min_rounds)
-        rows = min(max(1, round(rows)), engine.budget)
-        return math.ceil(engine.budget / rows) * self._num_steps(rows)
+        return min(max(1, round(rows)), engine.budget)
+
+    def estimated_steps(self) -> int:
+        """Optimizer steps that the budget takes, if arms are drawn alike and no row is drawn twice."""
+        rows = self.rows_per_round()
+        return math.ceil(self.engine.budget / rows) * self._num_steps(rows)
 
     def most_steps(self) -> int:
         """Optimizer steps that no run exceeds: one for each use of each row."""

@@ -42,8 +42,13 @@ class ChatSamples:
         self.encoder = ChatEncoder(tokenizer, max_length)
         rows, bad = np.flatnonzero(~pool.aside), dict[int, str]()
         errors = list[ConversationError]()
-        for _ in self.encoder.encode(pool.iter_messages(rows), errors=errors):  # as a round will, which must not end with one
-            pass
+        # As a round will, which must not end with an error.
+        longest = max(map(len, self.encoder.encode(pool.iter_messages(rows), errors=errors)), default=0)
+        if pool.num_tokens is not None and len(rows) and longest > (said := int(np.asarray(pool.num_tokens)[rows].max())):
+            logger.warning(
+                "samples have up to %d tokens, and `pool.num_tokens` at most %d: `max_length` must be what the pool was "
+                "prepared with, or its utilities are of shorter samples, got %d", longest, said, max_length,
+            )  # fmt: skip
         self.encoder.cuts = CutCounts(max_length=max_length)
         for error in errors:
             bad[int(rows[error.number])] = error.reason
@@ -83,13 +88,31 @@ class DatasetSamples:
         collator: makes a batch of one row: `input_ids`, `labels` (input ids, or -100 where unsupervised), and where it pads
             `attention_mask`.
         index: int64 [N], the dataset's index of each row of the pool; None where they are the same.
-        longest: tokens of a sample at most, see `lead_fast.loading.rotary_limit`; None for any.
+        limit: tokens of a sample at most, and why, see `lead_fast.loading.length_limit`; None for any.
     """
 
     def __init__(
-        self, dataset: Any, collator: Callable[[list[Any]], Any], index: np.ndarray | None = None, longest: int | None = None
-    ) -> None:
-        self.dataset, self.collator, self.index, self.longest = dataset, collator, index, longest
+        self, dataset: Any, collator: Callable[[list[Any]], Any], index: np.ndarray | None = None,
+        limit: tuple[int, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.dataset, self.collator, self.index, self.limit = dataset, collator, index, limit
+
+    def check(self, rows: np.ndarray) -> None:
+        """Before training, makes the samples of those `rows` that by their length cannot be served, where a column tells it.
+
+        Raises:
+            ValueError: a sample without tokens, or one that is too long.
+        """
+        if "input_ids" not in (getattr(self.dataset, "column_names", None) or ()):
+            return
+        import pyarrow.compute as pc  # which a datasets.Dataset brings along
+
+        index = rows if self.index is None else self.index[rows]
+        column = self.dataset.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+        lengths = pc.list_value_length(column).to_numpy()[index]  # pyright: ignore[reportAttributeAccessIssue]  made at import
+        bad = (lengths == 0) if self.limit is None else (lengths == 0) | (lengths > self.limit[0])
+        for row in rows[bad].tolist():  # some of which may be padding
+            self([row])
 
     def __call__(self, rows: Sequence[int]) -> list[Sample]:
         """The samples of `rows`, in their order.
@@ -118,10 +141,10 @@ class DatasetSamples:
         ids, supervised = ids[real], supervised[real]
         if not len(ids):
             raise ValueError(f"train_dataset: row {index} must have a token, got none")
-        if self.longest is not None and len(ids) > self.longest:
+        if self.limit is not None and len(ids) > self.limit[0]:
             raise ValueError(
-                f"train_dataset: row {index} must have at most {self.longest} tokens: the rotary embeddings of this model "
-                f"change for all samples of a batch where one is longer, got {len(ids)}; cut the samples"
+                f"train_dataset: row {index} must have at most {self.limit[0]} tokens: {self.limit[1]}, got {len(ids)}; "
+                "cut the samples"
             )
         if "position_ids" in batch and not np.array_equal(_flat(batch["position_ids"])[real], np.arange(len(ids))):
             raise ValueError(f"train_dataset: row {index} must be one sample with positions from 0, got other `position_ids`")

@@ -33,13 +33,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lead_fast.config import LeadConfig
 from lead_fast.engine import LeadEngine
+from lead_fast.estimators import keeps_grad_norm
 from lead_fast.first_order import FirstOrder
 from lead_fast.integrations.attention import AttentionSwitch
-from lead_fast.integrations.checks import check_host
+from lead_fast.integrations.checks import check_host, check_pool
 from lead_fast.integrations.rounds import HostRounds
 from lead_fast.integrations.samples import ChatSamples, DatasetSamples
 from lead_fast.integrations.state_file import load_state, save_state
-from lead_fast.loading import check_length, rotary_limit
+from lead_fast.loading import check_length, length_limit, load_converted
 from lead_fast.models import PackedModel, causal_lm_of, compile_layers, forward_replaced, trained_parameters
 from lead_fast.ops import LinearCrossEntropyOutput
 from lead_fast.packing import CutCounts, PackedBatch, Sample
@@ -68,6 +69,8 @@ class LeadRounds(_Host):
     def start_rounds(self, pool: Pool, lead: LeadConfig | None, samples_of: Callable[[Sequence[int]], list[Sample]]) -> None:
         """Once, when the host is set up."""
         check_host(type(self).__name__, self)
+        if isinstance(samples_of, DatasetSamples):
+            samples_of.check(np.flatnonzero(~pool.aside))
         model = self.model
         self._attention = AttentionSwitch(causal_lm_of(model))
         with self._attention.on():
@@ -84,7 +87,8 @@ class LeadRounds(_Host):
         self._rounds = HostRounds(self.engine, samples_of, args.train_batch_size, args.gradient_accumulation_steps, self._ranks)
         self._step_items, self._left_out = 0, False
         self._first_order: FirstOrder | None = None
-        self.add_callback(_RoundCallback(self))
+        self.callback_handler.callbacks.insert(0, _RoundCallback(self))  # the others see the progress that it sets
+        self._say_of_small_rounds()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if not resume_from_checkpoint and self.engine.num_rounds:
@@ -106,6 +110,15 @@ class LeadRounds(_Host):
             yield
         finally:
             plugin.backend = backend
+
+    def _say_of_small_rounds(self) -> None:
+        rounds, config = self._rounds, self.engine.config
+        asked, rows = rounds.batch_size * rounds.step_parts, rounds.rows_per_round()
+        if rows < asked:
+            logger.warning(
+                "a round has about %d rows, and an optimizer step is to have %d: steps will be as small as rounds; raise "
+                "`budget` (%d rows), or lower `min_rounds` (%s)", rows, asked, self.engine.budget, config.min_rounds,
+            )  # fmt: skip
 
     def _follow_weights(self) -> None:
         """Shows estimators, and those that watch by now, the weights and gradients that they follow."""
@@ -137,10 +150,10 @@ class LeadRounds(_Host):
     def dataset_samples(self, index: np.ndarray | None = None) -> DatasetSamples:
         """The samples of `train_dataset`, without the columns that the host removes; `index` as `DatasetSamples` takes it."""
         dataset: Any = self.train_dataset
-        collator, longest = self.data_collator, rotary_limit(causal_lm_of(self.model))
+        collator, limit = self.data_collator, length_limit(causal_lm_of(self.model))
         if hasattr(dataset, "column_names"):
-            return DatasetSamples(self._remove_unused_columns(dataset, "training"), collator, index, longest)
-        return DatasetSamples(dataset, self._get_collator_with_removed_columns(collator, "training"), index, longest)
+            return DatasetSamples(self._remove_unused_columns(dataset, "training"), collator, index, limit)
+        return DatasetSamples(dataset, self._get_collator_with_removed_columns(collator, "training"), index, limit)
 
     def get_train_dataloader(self) -> DataLoader:
         """Micro-batches of one round after another, without a length.
@@ -248,7 +261,18 @@ class LeadRounds(_Host):
         return norm
 
     def train_began(self) -> None:
-        """The model is wrapped: one that could not be checked before is."""
+        """The model is wrapped: one that could not be checked before is; the optimizer is there."""
+        beta1 = known = self.engine.config.adam_beta1
+        if groups := getattr(self.optimizer, "param_groups", None):  # one that DeepSpeed is to make has none
+            group: dict[str, Any] = groups[0]
+            beta1 = float(group["betas"][0] if "betas" in group else group.get("momentum") or group.get("beta1") or 0.0)
+        if beta1 != known and any(map(keeps_grad_norm, self.engine.estimators.values())):
+            logger.warning(
+                "the optimizer's beta1 is %g, and grad_norm takes it for %g; give LeadConfig(adam_beta1=%g)",
+                beta1,
+                known,
+                beta1,
+            )
         if not self._packed.checked:
             with self._attention.on():
                 self._packed.check()
@@ -310,6 +334,22 @@ class LeadRounds(_Host):
         if checkpoint is not None:
             self._rounds.load_state_dict(load_state(os.path.join(checkpoint, STATE_FILE)))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._loaded_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._loaded_from = str(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As the host's, which loads weights by the names that they have in the file: experts are saved under others."""
+        model: Any = self.model
+        if set(load_result.missing_keys).difference(model._tied_weights_keys or ()):
+            load_converted(model, self._loaded_from)
+        else:
+            super()._issue_warnings_after_load(load_result)
+
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         super()._init_training_state(*args, **kwargs)
         return 0, 0  # nothing to skip: the rounds know their position
@@ -333,7 +373,9 @@ class _RoundCallback(TrainerCallback):
         self._trainer.train_began()
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._trainer.step_taken(float(kwargs["optimizer"].param_groups[0]["lr"]))  # the schedule has not moved on yet
+        self._trainer.step_taken(
+            max(float(g["lr"]) for g in kwargs["optimizer"].param_groups)
+        )  # the schedule has not moved on yet
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer.step_ended()
@@ -366,6 +408,7 @@ class LeadTrainer(LeadRounds, Trainer):
     """
 
     def __init__(self, *args: Any, pool: Pool, lead: LeadConfig | None = None, max_length: int = 1024, **kwargs: Any) -> None:
+        check_pool("LeadTrainer", pool)
         super().__init__(*args, **kwargs)
         if self.train_dataset is None:
             tokenizer: Any = self.processing_class

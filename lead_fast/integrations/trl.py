@@ -16,6 +16,7 @@ from datasets import Dataset
 from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from lead_fast.config import LeadConfig
+from lead_fast.integrations.checks import check_pool
 from lead_fast.integrations.transformers import LeadRounds
 from lead_fast.pool import Pool
 
@@ -48,6 +49,7 @@ class LeadSFTTrainer(LeadRounds, SFTTrainer):
         self, model: Any, args: Any = None, *, pool: Pool, lead: LeadConfig | None = None,
         train_dataset: Dataset | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
+        check_pool("LeadSFTTrainer", pool)
         for name, expected in (("packing", False), ("loss_type", "nll")):
             if (got := getattr(args, name, expected)) != expected:
                 raise ValueError(

@@ -16,7 +16,7 @@ import lead_fast as lf
 from lead_fast.integrations.rounds import HostRounds
 from lead_fast.integrations.samples import ChatSamples, DatasetSamples
 from lead_fast.integrations.transformers import LeadTrainer
-from lead_fast.packing import ChatEncoder
+from lead_fast.packing import ChatEncoder, PackedBatch, Sample
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,67 @@ def test_padding_of_the_hosts_collator_is_left_out():
     assert sample.input_ids.tolist() == [5, 6, 7] and sample.supervised.tolist() == [False, True, True]
 
 
+def test_adapters_that_act_outside_the_layers_are_refused(tmp_path):
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
+
+    targets = ["q_proj", "v_proj"]
+    for config, message in (
+        (LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]), "activated LoRA"),
+        (AdaLoraConfig(target_modules=targets, task_type="CAUSAL_LM", total_step=10), "ADALORA, whose wrapper adds"),
+    ):
+        with pytest.raises(ValueError, match=f"`model` must be a causal LM .* layers, got {message}"):
+            lead_trainer(tmp_path, get_peft_model(tiny(), config))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "empty", "padded"])
+def test_rows_that_cannot_be_served_are_named_before_training(kind, tmp_path):
+    from datasets import Dataset
+
+    rows = [dict(row) for row in TokenRows().rows]
+    longer = 40 - len(rows[7]["input_ids"])
+    if kind == "empty":
+        rows[7] = {"input_ids": [], "labels": [], "attention_mask": []}
+    else:
+        rows[7]["input_ids"] = [*rows[7]["input_ids"], *[5] * longer]
+        rows[7]["labels"] = [*rows[7]["labels"], *[5 if kind == "tokens" else -100] * longer]
+        rows[7]["attention_mask"] = [*rows[7]["attention_mask"], *[int(kind == "tokens")] * longer]
+    model = tiny("gpt2")
+    model.config.max_position_embeddings = 32
+    dataset, aside = Dataset.from_list(rows), np.arange(N) == 7
+    if kind != "padded":  # padding goes
+        message = "a token, got none" if kind == "empty" else "at most 32 tokens: GPT2LMHeadModel has no more positions, got 40"
+        with pytest.raises(ValueError, match=f"train_dataset: row 7 must have {message}"):
+            lead_trainer(tmp_path, model, dataset=dataset)
+    else:
+        lead_trainer(tmp_path, model, dataset=dataset)
+    lead_trainer(tmp_path, tiny("gpt2"), dataset=dataset, pool=array_pool().with_arrays(aside=aside))
+
+
+def test_what_is_no_pool_is_named(tmp_path):
+    with pytest.raises(TypeError, match=r"LeadTrainer: `pool` must be a Pool, by Pool.load\(folder\) .* got str"):
+        LeadTrainer(tiny(), arguments(tmp_path), train_dataset=TokenRows(), pool="out/pool")
+
+
+def test_rounds_smaller_than_a_step_are_said(tmp_path, caplog):
+    lead_trainer(tmp_path, per_device_train_batch_size=8)
+    assert "about 5 rows, and an optimizer step is to have 16" in caplog.text
+    caplog.clear()
+    lead_trainer(tmp_path)
+    assert "optimizer step is to have" not in caplog.text
+
+
+def test_samples_longer_than_the_pool_knows_are_said(tmp_path, caplog):
+    words = "a rather long question of many words " * 9
+    chats = [[{"role": "user", "content": words}, {"role": "assistant", "content": "yes"}]] * 3
+    (tmp_path / "pool.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    pool = lf.Pool.open(tmp_path / "pool.jsonl", cache_dir=tmp_path / "cache")
+    pool = pool.with_arrays(num_tokens=np.full(3, 40, np.int32))
+    ChatSamples(pool, words_tokenizer(), 40)
+    assert not caplog.text
+    ChatSamples(pool, words_tokenizer(), 100)
+    assert "`pool.num_tokens` at most 40: `max_length` must be what the pool was prepared with" in caplog.text
+
+
 @settings(max_examples=300, deadline=None)
 @given(num_rows=st.integers(1, 200), batch_size=st.integers(1, 9), accumulation=st.integers(1, 9))
 def test_a_round_fills_whole_optimizer_steps(num_rows, batch_size, accumulation):
@@ -185,3 +246,23 @@ def test_a_resumed_run_has_the_date_of_its_beginning():
     later = types.SimpleNamespace(date="2024-03-01")
     HostRounds(lf.LeadEngine(array_pool(), lf.LeadConfig()), later, 2, 1).load_state_dict(state)
     assert later.date == "2024-02-29"
+
+
+@pytest.mark.parametrize("error", [0.0, 0.05, 0.3])
+def test_utilities_of_another_model_are_said(error, caplog):
+    engine = lf.LeadEngine(array_pool(), lf.LeadConfig(preset="paper", rate=0.5, budget=1.0))
+    rounds = HostRounds(engine, lambda rows: [Sample(np.arange(9), np.ones(9, bool), np.ones(9, bool)) for _ in rows], 2, 2)
+    for _ in range(2):
+        assert rounds.begin()
+        for number, columns in enumerate(rounds.batches()):
+            batch = PackedBatch(**columns)
+            known = torch.from_numpy(np.asarray(engine.pool.utility))[batch.rows]
+            # Once trained on, samples may have any loss; those of no row of the pool are not compared.
+            loss = known * (1 + error) if engine.clocks.num_steps == 0 else known * 9
+            unread = torch.full_like(loss, torch.nan)
+            rounds.observe(batch, lf.SampleStats(loss, torch.full_like(loss, 8.0), unread, unread, loss))
+            if number % 2:
+                rounds.step(1e-3, 32)
+        rounds.end()
+    assert ("`pool.utility` says" in caplog.text) == (error > 0.1)
+    assert caplog.text.count("before any training, 3 samples") == (error > 0.1)

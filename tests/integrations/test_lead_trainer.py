@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from host_runs import (
     TokenRows,
     Watcher,
     alone,
+    arguments,
+    array_pool,
     lead_trainer,
     lora,
     tiny,
@@ -26,6 +29,7 @@ from transformers import TrainerCallback
 import lead_fast as lf
 from lead_fast.attention import PACKED_ATTENTION
 from lead_fast.first_order import FirstOrder
+from lead_fast.integrations.transformers import LeadTrainer
 
 KINDS = [
     ("llama", {}),
@@ -273,6 +277,42 @@ def test_a_nan_changes_no_weight_and_a_whole_round_of_them_ends_the_run(tmp_path
     bad = [call[1][-1] for call in calls if call[0] == "observe"]
     assert not torch.isfinite(torch.tensor([call[2][-1] for call in calls if call[0] == "observe"])).any()
     assert int(trainer.engine.clocks.counters[2]) == len(bad)  # quarantined
+
+
+class Masked(TokenRows):
+    """The same rows, of which every third has nothing to learn from."""
+
+    def __getitem__(self, row):
+        entry = self.rows[row]
+        return entry if row % 3 else entry | {"labels": [-100] * len(entry["input_ids"])}
+
+
+def test_rows_with_nothing_to_learn_from_are_chosen_once(tmp_path, caplog):
+    trainer = lead_trainer(tmp_path, dataset=Masked(), lead=dataclasses.replace(CHOICE, budget=60), logging_strategy="steps")
+    trainer.train()
+    entries = {entry["row"]: len(entry["rounds"]) for entry in trainer.engine.selected()}
+    barren = {row for row in entries if row % 3 == 0}
+    assert len(barren) > 10 and all(entries[row] == 1 for row in barren)
+    said = [int(n) for n in re.findall(r"round \d+: (\d+) of its \d+ rows have no supervised token", caplog.text)]
+    assert sum(said) == len(barren)
+    assert not any(line.get("lead/quarantined") for line in trainer.state.log_history)
+
+
+def test_the_clock_has_the_learning_rate_of_what_is_trained(tmp_path, caplog):
+    model = tiny()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD([{"params": parameters[:1], "lr": 0.0}, {"params": parameters[1:], "lr": 1e-2}])
+    trainer = LeadTrainer(
+        model, arguments(tmp_path, max_steps=2, lr_scheduler_type="constant"), train_dataset=TokenRows(), pool=array_pool(),
+        lead=CHOICE, optimizers=(optimizer, None),
+    )  # fmt: skip
+    calls = watch(trainer.engine)
+    trainer.train()
+    assert [call[1] for call in calls if call[0] == "step"] == [1e-2, 1e-2]
+    assert "the optimizer's beta1 is 0, and grad_norm takes it for 0.9; give LeadConfig(adam_beta1=0)" in caplog.text
+    caplog.clear()
+    lead_trainer(tmp_path, max_steps=1).train()
+    assert "beta1" not in caplog.text
 
 
 def test_first_order_sees_the_gradients_of_each_step(tmp_path, monkeypatch):

@@ -61,6 +61,22 @@ def test_the_bar_knows_the_end_when_the_last_round_begins(tmp_path, monkeypatch)
     assert totals[-1][1] == trainer.state.global_step
 
 
+class Epochs(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen.append(state.epoch)
+
+
+def test_every_callback_sees_the_share_of_the_budget(tmp_path):
+    given, added = Epochs(), Epochs()
+    trainer = lead_trainer(tmp_path, callbacks=[given])
+    trainer.add_callback(added)
+    trainer.train()
+    assert given.seen == added.seen and given.seen[-1] == 1.0 and given.seen[0] > 0.0
+
+
 def test_no_logging_means_none(tmp_path):
     watcher = Watcher()
     lead_trainer(tmp_path, callbacks=[watcher], logging_strategy="no").train()

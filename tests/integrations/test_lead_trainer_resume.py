@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from host_runs import CHOICE, TokenRows, array_pool, lead_trainer, lora, tiny
-from transformers import TrainerCallback
+from host_runs import CHOICE, TokenRows, array_pool, lead_trainer, lora, tiny, words_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
 import lead_fast as lf
 
@@ -117,3 +118,43 @@ def test_the_state_has_no_pickle(checkpoint):
     assert data[8:9] == b"{" and len(data) > 8 + header
     assert CHOICE.resolve().preset.encode() in data[8 : 8 + header]
     assert len(TokenRows()) == 60
+
+
+def experts(kind="mixtral"):
+    shape = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    return tiny(kind, **shape)
+
+
+def test_experts_are_restored_which_are_saved_under_other_names(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1000, "logging_strategy": "steps", "logging_steps": 1}
+    whole = lead_trainer(tmp_path / "whole", experts(), **options)
+    whole.train()
+    stopped = lead_trainer(tmp_path / "parts", experts(), callbacks=[StopAfter(4)], **options)
+    stopped.train()
+    resumed = lead_trainer(tmp_path / "parts", experts(), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert outcome(resumed) == outcome(whole)
+    theirs = dict(whole.model.named_parameters())
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in resumed.model.named_parameters())
+
+
+def test_the_best_experts_are_loaded_at_the_end(tmp_path):
+    trainer = lead_trainer(
+        tmp_path, experts("qwen3_moe"), eval_dataset=TokenRows(1), eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2, load_best_model_at_end=True, learning_rate=0.3, data_collator=DataCollatorForSeq2Seq(words_tokenizer()),
+    )  # fmt: skip
+    trainer.train()
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert min(losses) < losses[-1]  # so that there is a better one than the last
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_a_checkpoint_without_some_weights_is_an_error(tmp_path):
+    stopped = lead_trainer(tmp_path, experts(), callbacks=[StopAfter(2)], save_strategy="steps", save_steps=1000)
+    stopped.train()
+    path = tmp_path / "checkpoint-2" / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"expected all weights of MixtralForCausalLM, got none for .*q_proj"):
+        lead_trainer(tmp_path, experts(), save_strategy="steps").train(resume_from_checkpoint=True)

@@ -165,6 +165,8 @@ def test_defaults_are_the_published_settings():
 
 
 def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match=r"`dataset_ids` must be 240 distinct integers, got others: .*'a0'"):
+        OfficialLead(array_pool(), [f"a{i}" for i in range(N)])
     with pytest.raises(ValueError, match="`dataset_ids` must be 240 distinct integers, got 1"):
         OfficialLead(array_pool(), [1] * N)
     with pytest.raises(ValueError, match="must have arm and task"):
