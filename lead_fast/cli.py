@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from lead_fast import __version__
-from lead_fast.config import LeadConfig, PrepareConfig, TrainConfig, read_yaml
+from lead_fast.config import PRESETS, LeadConfig, PrepareConfig, TrainConfig, read_yaml
 from lead_fast.files import os_error
+
+logger = logging.getLogger(__name__)
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "int": int,
@@ -29,6 +31,9 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "float | None": float,
     "str | None": str,
 }
+
+
+_PATHS = {"model", "pool", "out", "heldout"}
 
 
 def _int_or_float(text: str) -> int | float:
@@ -159,9 +164,40 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _configs(arguments: argparse.Namespace, *configs: type) -> list[Any]:
     given = {k: v for k, v in vars(arguments).items() if k not in ("command", "config", "verbose", "show_batch")}
     options = (read_yaml(arguments.config) if arguments.config else {}) | given
-    if arguments.command == "train" and options.get("resume"):
-        options = _began_with(options) | options
+    if arguments.command == "train":
+        options.pop("show_batch", None)  # what is to be done, beside how
+    for name in _PATHS & options.keys():
+        if isinstance(options[name], str) and options[name].startswith("~"):  # which no shell has made a folder of
+            options[name] = str(Path(options[name]).expanduser())
+    if arguments.command == "train":
+        options = (_began_with(options) if options.get("resume") else _prepared_with(options)) | options
     return make_configs(options, *configs)
+
+
+def _prepared_with(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a prepared pool was made by, in place of the defaults.
+
+    Raises:
+        ValueError: one that is given is another; it is named.
+    """
+    file = Path(str(options.get("pool"))).expanduser() / "prepare.json"
+    if not file.exists():
+        return {}
+    made_by = json.loads(file.read_text()).get("options", {})
+    for name, value in made_by.items():
+        given = options.get(name, value)
+        if str(given) != str(value):
+            raise ValueError(
+                f"{name}: {file.parent} was prepared with {value!r}, got {given!r}; leave --{name.replace('_', '-')} out, or "
+                "prepare it again"
+            )
+    presets, preset = PRESETS, options.get("preset", "robust")
+    if preset in presets and "hard_rows" in made_by and presets[preset]["hard_rows"] != made_by["hard_rows"]:
+        logger.warning(
+            "%s was prepared with hard_rows %r, and preset %s has %r: its rows stay as they are; prepare it again with "
+            "--preset %s", file.parent, made_by["hard_rows"], preset, presets[preset]["hard_rows"], preset,
+        )  # fmt: skip
+    return made_by
 
 
 def _began_with(options: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +231,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     if arguments.command == "prepare":
         return run_prepare(*_configs(arguments, PrepareConfig, LeadConfig))
-    if arguments.show_batch:
+    configured = read_yaml(arguments.config) if arguments.config else {}
+    if arguments.show_batch or configured.get("show_batch"):
         from lead_fast.show import show_batch
 
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -205,7 +205,9 @@ class TrainConfig(PrepareConfig):
     heldout: str | None = option(None, "held-out rows in any pool format: their loss is reported")
     heldout_rows: int = option(512, "rows of the held-out set that are scored, at most (0: all)")
     eval_every: int = option(0, "score the held-out rows every so many rounds (0: before and after)")
-    train_tokens: int | None = option(None, "stop at so many trained tokens, whatever the budget")
+    train_tokens: int | None = option(
+        None, "stop at so many trained tokens, if the budget lasts so long; the learning rate runs by them"
+    )
     schedule: str = option("cosine", "learning rate over progress", choices=("constant", "linear", "cosine"))
     warmup_ratio: float = option(0.03, "share of progress with a rising learning rate")
     checkpoint_minutes: float = option(10.0, "write a checkpoint after so many minutes, inside a round too (0: not by time)")
@@ -251,7 +253,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: the file is not a mapping.
     """
     with open(path, encoding="utf-8") as file:
-        values = yaml.safe_load(file) or {}
+        try:
+            values = yaml.safe_load(file) or {}
+        except yaml.YAMLError as error:
+            text = " ".join(str(error).split())
+            raise ValueError(f"{path}: expected YAML, a line `option: value` each, got {text}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of option names to values, got {type(values).__name__}")
     return {str(k).replace("-", "_"): v for k, v in values.items()}
@@ -262,4 +268,5 @@ def to_yaml(*configs: Any) -> str:
     merged: dict[str, Any] = {}
     for config in configs:
         merged |= dataclasses.asdict(config)
+    merged.pop("resume", None)  # how a run was called is no part of it: used as --config, it would write into any folder
     return yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)

@@ -18,14 +18,16 @@ logger = logging.getLogger(__name__)
 
 # Which expert gets a token is not adapted, and the LM head must stay as it is.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+_MAMBAS = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
     """Names of the linear layers of a model's text decoder, routers apart: what the default adapts.
 
-    Experts that are kept as one parameter are no layers.
+    Experts that are kept as one parameter are no layers; and what a Mamba's kernel takes for itself, peft adapts not.
     """
-    return sorted({path[-1] for path in _linear_paths(model) if not _ROUTERS.intersection(path)})
+    apart = _ROUTERS | {"out_proj"} if getattr(model.config, "model_type", None) in _MAMBAS else _ROUTERS
+    return sorted({path[-1] for path in _linear_paths(model) if not apart.intersection(path)})
 
 
 def _linear_paths(model: PreTrainedModel) -> list[list[str]]:
@@ -72,6 +74,9 @@ def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, seed: int, targ
 
 def load_lora(model: PreTrainedModel, path: str | Path) -> nn.Module:
     """A model with the adapters of `path`, to be trained further."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
-    return PeftModel.from_pretrained(model, str(path), is_trainable=True)
+    # Where the base was when they were saved is of no interest: what is saved next names where it is.
+    config = PeftConfig.from_pretrained(str(path))
+    config.base_model_name_or_path = model.name_or_path
+    return PeftModel.from_pretrained(model, str(path), config=config, is_trainable=True)

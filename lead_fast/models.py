@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +18,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from lead_fast.attention import COMPILED_LAYER, PACKED_ATTENTION, say_once, unsaid
+from lead_fast.attention import PACKED_ATTENTION, say_once, unsaid
 from lead_fast.ops import LinearCrossEntropyOutput, Reduction, SampleStats, Stats, linear_cross_entropy
 from lead_fast.packing import PackedBatch
 from lead_fast.shards import are_sharded, is_partitioned
 
 logger = logging.getLogger(__name__)
 
+
+_SHORT_WINDOW = 8  # tokens
 
 # The LM head
 
@@ -107,7 +108,7 @@ def check_head(model: PreTrainedModel) -> None:
     was_training = model.training
     model.eval()
     module = head_of(model)
-    ids, dtype = _some_ids(model, 4), module.weight.dtype
+    ids, dtype = some_ids(model, 4), module.weight.dtype
     hidden = body_of(model)(input_ids=ids[None], use_cache=False).last_hidden_state
 
     known: list[Tensor] = []  # what comes of the weight alone, before hooks make something else of it
@@ -133,6 +134,10 @@ def check_head(model: PreTrainedModel) -> None:
             f"check_head: the head of {type(model).__name__} must give all logits, {list(own.shape)} of its own forward, "
             f"got {list(logits.shape)} of its weight alone (a head split over ranks?); it cannot be served"
         )
+    if not torch.isfinite(own).all():
+        raise ValueError(
+            f"check_head: the logits of {type(model).__name__} must be finite, got NaN or inf: look at its weights"
+        )
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     if not torch.allclose(logits.float(), own.float(), rtol=tolerance, atol=tolerance * float(own.float().abs().max())):
         raise ValueError(
@@ -141,7 +146,7 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-def _some_ids(model: PreTrainedModel, count: int, first: int = 0) -> Tensor:
+def some_ids(model: PreTrainedModel, count: int, first: int = 0) -> Tensor:
     """[count] token ids where the model lives."""
     weight: Any = model.get_input_embeddings().weight  # of an adapted embedding nothing else is there
     num_tokens = weight.ds_shape[0] if is_partitioned(weight) else weight.shape[0]
@@ -152,17 +157,20 @@ def _some_ids(model: PreTrainedModel, count: int, first: int = 0) -> Tensor:
 def check_packing(model: PackedModel) -> None:
     """Compares two packed samples with each of them alone under transformers' own eager attention.
 
-    Where they differ, the model mixes tokens by something else than attention (convolutions, recurrences, position biases of
-    its own) and packed samples would leak into each other: they are run one by one from then on. So are those of a model that
-    refuses packed batches itself, or whose attention is its own and would look at all pairs of tokens in them.
+    Where they differ, the model mixes tokens by something else than attention (convolutions, recurrences, position biases or
+    windows of its own) and packed samples would not be what they are alone: they are run one by one from then on. So are those
+    of a model that refuses packed batches itself, or whose attention is its own and would look at all pairs of tokens in them.
 
     Raises:
-        ValueError: they still differ; or weights are sharded, whose ranks would not gather them equally often.
+        ValueError: they still differ; the model is no causal decoder; its results are not finite; or weights are sharded,
+            whose ranks would not gather them equally often.
     """
     causal = model.causal_lm
-    was_training, implementation = model.training, str(causal.config._attn_implementation)
+    name, was_training, implementation = type(causal).__name__, model.training, str(causal.config._attn_implementation)
+    if causal.config.is_encoder_decoder:
+        raise ValueError(f"check_packing: `model` must be a decoder alone, got {name}, which has an encoder")
     model.eval()
-    samples = [_some_ids(causal, 12, first=1), _some_ids(causal, 20, first=3)]
+    samples = [some_ids(causal, 12, first=1), some_ids(causal, 20, first=3)]
     device = samples[0].device
     lengths = [len(ids) for ids in samples]
     batch = PackedBatch(
@@ -176,36 +184,63 @@ def check_packing(model: PackedModel) -> None:
         num_items=sum(lengths),
     )
 
-    def distance(hidden: Tensor) -> float:
+    def distance(hidden: Tensor, expected: Tensor) -> float:
         return float((hidden.float() - expected.float()).norm() / expected.float().norm())
 
     def alone(attention: str) -> Tensor:
         causal.set_attn_implementation(attention)
         return _one_by_one(causal, batch).last_hidden_state[0]
 
-    packed, reason = None, "its attention is its own"
-    if implementation == PACKED_ATTENTION:
-        try:
-            packed, reason = model.hidden(batch), "packed, they would leak into each other"
-        except ValueError as error:  # of packed_attention, or of the model itself, which knows that it cannot
-            reason = str(error)
-    expected = alone("eager")
-    tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
-    difference = math.inf if packed is None else distance(packed)
-    if difference >= tolerance and expected.dtype != torch.float32 and causal._supports_sdpa:
-        # Deep models with large activations: how far apart does rounding drive two that are right?
-        tolerance = max(tolerance, 3.0 * distance(alone("sdpa")))
-    causal.set_attn_implementation(implementation)
-    if not difference < tolerance:
-        model.one_by_one = True
-        causal.set_attn_implementation("sdpa" if causal._supports_sdpa else "eager")
-        if not distance(model.hidden(batch)) < tolerance:
-            raise ValueError(
-                f"check_packing: {type(causal).__name__} gives packed samples other hidden states than it gives each alone "
-                f"(relative difference {difference:.2g}); it cannot be trained on packed batches"
-            )
-        say_once(f"samples run through {type(causal).__name__} one by one: {reason}")
+    with _short_windows(causal, model.max_length):
+        packed, reason = None, "its attention is its own"
+        if implementation == PACKED_ATTENTION:
+            try:
+                packed, reason = model.hidden(batch), "packed, they would not be what they are alone"
+            except (ValueError, TypeError, AttributeError, NotImplementedError, LookupError) as error:
+                reason = f"packed, {type(error).__name__}: {error}"  # of the model, which knows nothing of packed batches
+        expected = alone("eager")
+        if not torch.isfinite(expected).all():
+            raise ValueError(f"check_packing: what {name} computes must be finite, got NaN or inf: look at its weights")
+        tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
+        difference = math.inf if packed is None else distance(packed, expected)
+        first = body_of(causal)(input_ids=samples[1][None, : lengths[0]], use_cache=False).last_hidden_state[0]
+        foresight = distance(first, expected[lengths[0] : 2 * lengths[0]])
+        if max(difference, foresight) >= tolerance and expected.dtype != torch.float32 and causal._supports_sdpa:
+            # Deep models with large activations: how far apart does rounding drive two that are right?
+            tolerance = max(tolerance, 3.0 * distance(alone("sdpa"), expected))
+        if not foresight < tolerance:
+            raise ValueError(f"check_packing: `model` must be causal, got {name}, whose tokens see those that come after them")
+        causal.set_attn_implementation(implementation)
+        if not difference < tolerance:
+            model.one_by_one = True
+            causal.set_attn_implementation("sdpa" if causal._supports_sdpa else "eager")
+            if not distance(model.hidden(batch), expected) < tolerance:
+                raise ValueError(
+                    f"check_packing: {name} gives packed samples other hidden states than it gives each alone "
+                    f"(relative difference {difference:.2g}); it cannot be trained on packed batches"
+                )
+            say_once(f"samples run through {name} one by one: {reason}")
     model.train(was_training)
+
+
+@contextmanager
+def _short_windows(model: PreTrainedModel, max_length: int | None) -> Iterator[None]:
+    """Within, windows and chunks of attention that samples of `max_length` tokens (None: any) would exceed are shorter than
+    those that a check compares: some models know them by a mask alone, which packed attention is not given."""
+    kept = list[tuple[Any, str, int]]()
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}
+    configs |= {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    for owner in (*configs.values(), *model.modules()):
+        for name in ("sliding_window", "attention_chunk_size"):
+            window = getattr(owner, name, None)
+            if type(window) is int and window > _SHORT_WINDOW and (max_length is None or max_length > window):
+                kept.append((owner, name, window))
+                setattr(owner, name, _SHORT_WINDOW)
+    try:
+        yield
+    finally:
+        for owner, name, window in kept:
+            setattr(owner, name, window)
 
 
 def _one_by_one(model: PreTrainedModel, batch: PackedBatch, **options: Any) -> Any:
@@ -227,6 +262,7 @@ class PackedModel(nn.Module):
 
     Args:
         model: a transformers causal LM, or a peft model around one.
+        max_length: tokens of the longest sample, None for any: what its attention does beyond is not looked at.
         check: False leaves `check` to be called where the model can compute, once its weights are sharded. Those that
             DeepSpeed's ZeRO 3 has partitioned already cannot before DeepSpeed wraps the model, whatever is said here.
 
@@ -238,17 +274,21 @@ class PackedModel(nn.Module):
         ValueError: a model that cannot be served, see `check_head` and `check_packing`.
     """
 
-    def __init__(self, model: nn.Module, *, check: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, max_length: int | None = None, check: bool = True) -> None:
         super().__init__()
-        self.model, self.checked, self.one_by_one = model, False, False
+        self.model, self.max_length, self.checked, self.one_by_one = model, max_length, False, False
         if check and not any(map(is_partitioned, model.parameters())):
             self.check()
 
     def check(self) -> None:
         """Compares it with the model's own forward. Of weights that FSDP has sharded it must be a call of the root module."""
-        with unsaid():
-            check_packing(self)
-            check_head(self.causal_lm)
+        try:
+            with unsaid():
+                check_packing(self)
+                check_head(self.causal_lm)
+        except (TypeError, AttributeError, LookupError) as error:
+            name = type(self.causal_lm).__name__
+            raise ValueError(f"model: {name} does not run on token ids alone ({type(error).__name__}: {error})") from error
         self.checked = True
 
     @property
@@ -381,88 +421,12 @@ def _load_balancing_loss(model: Any, router_logits: tuple[Tensor, ...]) -> Tenso
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     if function is None:
         raise ValueError(f"PackedModel: {type(model).__name__} outputs router logits, but has no load_balancing_loss_func")
+    if missing := [n for n in ("router_aux_loss_coef", "num_experts", "num_experts_per_tok") if not hasattr(model, n)]:
+        raise ValueError(
+            f"PackedModel: {type(model).__name__} must have {', '.join(missing)} to balance its experts, got none; set "
+            "`output_router_logits` to False in its configuration"
+        )
     return model.router_aux_loss_coef * function(router_logits, model.num_experts, model.num_experts_per_tok)
-
-
-# What training asks of a model
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Keeps the inputs of the model's layers alone, and recomputes the rest in backward; only in training mode."""
-    causal = causal_lm_of(model)
-    # transformers 5.24 renames it.
-    enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def compile_layers(model: nn.Module, **options: Any) -> None:
-    """Compiles each layer by torch.compile, for packed batches of any length.
-
-    Numbers that are no sizes (an epsilon, the scale of attention) become constants, in all that this process compiles: by
-    default a graph of any length takes each as a tensor on the host, and on a GPU compiles C++ beside its kernels.
-
-    Args:
-        model: a causal LM or a peft model.
-        **options: of torch.compile, such as `backend` and `mode`.
-
-    Raises:
-        ValueError: the model has no list of layers.
-    """
-    causal = causal_lm_of(model)
-    lists = [module for module in body_of(causal).modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise ValueError(f"compile: expected a model with a list of layers, got {type(causal).__name__}")
-    torch._dynamo.config.specialize_float = True
-    for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())):
-        for module in layer.modules():
-            setattr(module, COMPILED_LAYER, (layer,))
-        layer.compile(dynamic=True, **options)
-
-
-def liger_layers(model: nn.Module) -> None:
-    """Has liger-kernel compute what it knows of a model's layers; the LM head and the loss stay as they are.
-
-    Its rotary embeddings take the place of those of all models of this architecture in the process. A model on a GPU is
-    compared with what it was.
-
-    Raises:
-        ImportError: it is not installed.
-        ValueError: it does not know the architecture, or computes something else in it (another activation, say).
-    """
-    if find_spec("liger_kernel") is None:
-        raise ImportError("liger: liger-kernel is not installed; pip install liger-kernel, or leave --liger out")
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
-    from transformers.integrations.liger import apply_liger_kernel
-
-    causal = causal_lm_of(model)
-    if (kind := causal.config.model_type) not in known:
-        raise ValueError(f"liger: expected a model that liger-kernel knows ({', '.join(sorted(known))}), got {kind}")
-    module = sys.modules[type(causal).__module__]
-    own = {name: value for name, value in vars(module).items() if isinstance(value, type)}
-    before = _some_hidden(causal)
-    apply_liger_kernel(causal, {"cross_entropy": False, "fused_linear_cross_entropy": False})
-    vars(module).update(own)  # it has patched this model's own layers; models built later are to be what they were
-    if before is not None and (after := _some_hidden(causal)) is not None:
-        difference = float((after - before).norm() / before.norm())
-        if not difference < 5e-2:
-            raise ValueError(
-                f"liger: the layers of {type(causal).__name__} must compute what liger-kernel's do, got a relative difference "
-                f"of {difference:.2g}; leave --liger out"
-            )
-
-
-@torch.no_grad()
-def _some_hidden(model: PreTrainedModel) -> Tensor | None:
-    """Last hidden states of a few tokens in fp32, where the model is on a GPU."""
-    ids = _some_ids(model, 16)
-    if ids.device.type != "cuda":
-        return None
-    was_training = model.training
-    model.eval()
-    with unsaid():
-        hidden = body_of(model)(input_ids=ids[None], use_cache=False).last_hidden_state.float()
-    model.train(was_training)
-    return hidden
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

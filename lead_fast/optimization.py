@@ -28,13 +28,11 @@ from lead_fast.config import PrepareConfig
 from lead_fast.device import to_device
 from lead_fast.files import write_text
 from lead_fast.first_order import FirstOrder
+from lead_fast.layers import checkpoint_activations, compile_layers, liger_layers
 from lead_fast.lora_linear import fuse_lora
 from lead_fast.models import (
     PackedModel,
-    checkpoint_activations,
-    compile_layers,
     forward_replaced,
-    liger_layers,
     trained_parameters,
 )
 from lead_fast.ops import SampleStats
@@ -234,7 +232,7 @@ class Optimization:
                 raise TrainingError(f"liger: its kernels need a GPU, got {accelerator.device.type}; leave --liger out")
             liger_layers(model)
         fuse_lora(model)
-        packed = PackedModel(model, check=not is_fsdp(accelerator))
+        packed = PackedModel(model, max_length=config.max_length, check=not is_fsdp(accelerator))
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         self.is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -347,7 +345,11 @@ def reshard(model: nn.Module) -> None:
 
 def scoring_model(model: nn.Module, accelerator: Accelerator, config: PrepareConfig) -> PackedModel:
     """A packed model for forward passes, sharded where training would shard it."""
-    return Optimization(model, accelerator, config).packed if shards_weights(accelerator) else PackedModel(model)
+    return (
+        Optimization(model, accelerator, config).packed
+        if shards_weights(accelerator)
+        else PackedModel(model, max_length=config.max_length)
+    )
 
 
 def _prepare_zero(accelerator: Accelerator, config: PrepareConfig) -> None:

@@ -34,10 +34,11 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS, ROUNDS_FILE, CONFIG_FILE = "checkpoints", "rounds.jsonl", "config.yaml"
 
-# Options that change where a run writes and what it logs, not what it chooses and learns.
+# Options that change where a run reads and writes and what it logs, not what it chooses and learns. By their content the pool
+# and the held-out rows must be what they were.
 FREE_OPTIONS = frozenset({
-    "out", "resume", "checkpoint_rounds", "checkpoint_minutes", "eval_every", "log_utilities", "report_to", "on_bad_row",
-    "trust_remote_code",
+    "pool", "heldout", "out", "resume", "checkpoint_rounds", "checkpoint_minutes", "eval_every", "log_utilities", "report_to",
+    "on_bad_row", "trust_remote_code",
 })  # fmt: skip
 
 # gloo says so in a plain RuntimeError.
@@ -79,9 +80,11 @@ def check_options(folder: Path, config: TrainConfig, lead: LeadConfig) -> None:
     began, now = read_yaml(folder / CONFIG_FILE), yaml.safe_load(to_yaml(config, lead.resolve()))
     defaults = {f.name: f.default for c in (config, lead) for f in dataclasses.fields(c)}
     changed = [
-        f"{name} (began with {began.get(name, defaults[name])!r}, got {value!r})"
+        f"{name} (began with {was!r}, got {value!r})"
         for name, value in now.items()
-        if name not in FREE_OPTIONS and began.get(name, defaults[name]) != value
+        # A budget of 1 is one row, and one of 1.0 all of them.
+        if name not in FREE_OPTIONS
+        and ((was := began.get(name, defaults[name])) != value or (name == "budget" and type(was) is not type(value)))
     ]
     if changed:
         raise ValueError(

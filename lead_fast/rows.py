@@ -131,12 +131,12 @@ def read_turns(row: dict[str, Any]) -> list[Turn]:
 
 
 def read_id(row: dict[str, Any], number: int) -> str:
-    """The row's `id` (a string, or an integer written out), else its 0-based `number` in the whole input."""
+    """The row's `id` (a string, or a whole number written out), else its 0-based `number` in the whole input."""
     value = row.get("id")
     if value is None:
         return str(number)
-    if type(value) is int:
-        return str(value)
+    if type(value) is int or (type(value) is float and value.is_integer()):  # as pandas writes integers beside missing ones
+        return str(int(value))
     if not isinstance(value, str) or not value:
         raise RowError("id", "a non-empty string or an integer", describe(value))
     return _text("id", value)
@@ -169,7 +169,10 @@ def score_fields(row: dict[str, Any], official: bool = False) -> dict[str, str]:
         return {}
     if "idf" in row and "cross_entropy" in row and "idf_cluster" in row:
         return {field: column for field, column in OFFICIAL_SCORES.items() if field in row}
-    return {field: column for field, column in PLAIN_SCORES.items() if row.get(field) is not None}
+    fields = {field: column for field, column in PLAIN_SCORES.items() if row.get(field) is not None}
+    if "arm" not in fields and "utility" not in fields:  # common names: a `task` or a `difficulty` in words is somebody else's
+        fields = {field: column for field, column in fields.items() if type(row[field]) in (int, float)}
+    return fields
 
 
 def read_scores(row: dict[str, Any], found: dict[str, str], wanted: dict[str, str]) -> list[int | float]:

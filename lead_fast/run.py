@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +26,24 @@ from lead_fast.files import atomic_path, remove_leftovers, write_json, write_jso
 from lead_fast.interrupts import StopSignals
 from lead_fast.loading import load_tokenizer, save_model
 from lead_fast.metrics import TRAINING_PARTS, peak_mib, tracked, write_candidates
-from lead_fast.offline.prepare import PREPARED_FILE, Prepared, encoded_rows, load_prepared, prepare
-from lead_fast.optimization import Optimization, check_trackers, evaluate, finished_trackers, make_accelerator, start_trackers
+from lead_fast.offline.prepare import (
+    PREPARED_FILE,
+    Prepared,
+    check_prepared,
+    encoded_rows,
+    load_prepared,
+    prepare,
+    rejects_path,
+)
+from lead_fast.optimization import (
+    Optimization,
+    TrainingError,
+    check_trackers,
+    evaluate,
+    finished_trackers,
+    make_accelerator,
+    start_trackers,
+)
 from lead_fast.packing import ChatEncoder, Sample
 from lead_fast.pool import Pool
 from lead_fast.ranks import Ranks
@@ -84,15 +101,13 @@ def open_inputs(config: PrepareConfig) -> Prepared | Pool:
         )
     if (Path(config.pool) / PREPARED_FILE).exists():
         prepared = load_prepared(Path(config.pool))
-        same = config.model is not None and Path(config.model).resolve() == Path(prepared.base).resolve()
-        if config.model_config is not None or not (config.model is None or same):
-            raise ValueError(f"model: {config.pool} was prepared with {prepared.base}; leave --model and --model-config out")
-        if prepared.start is not None and prepared.summary["tuning"] != config.tuning:
-            raise ValueError(f"tuning: {config.pool} was prepared with {prepared.summary['tuning']!r}, got {config.tuning!r}")
+        check_prepared(prepared, config)
         return prepared
+    if not Path(config.pool).exists():
+        raise ValueError(f"pool: {config.pool} does not exist")
     if (config.model is None) == (config.model_config is None):
         raise ValueError("model: expected exactly one of --model and --model-config")
-    rejects = f"{config.out.rstrip('/')}.rejects.jsonl" if config.on_bad_row == "skip" else None
+    rejects = rejects_path(config) if config.on_bad_row == "skip" else None
     on_bad_row: Any = config.on_bad_row  # checked by PrepareConfig
     return Pool.open(config.pool, on_bad_row=on_bad_row, rejects=rejects)
 
@@ -104,13 +119,14 @@ def run_prepare(config: PrepareConfig, lead: LeadConfig) -> dict[str, Any]:
         A JSON summary.
     """
     ranks, config = _start(config), with_absolute_paths(config)
-    inputs = open_inputs(config)
-    if isinstance(inputs, Prepared):
-        raise ValueError(f"pool: {config.pool} is prepared already; give it to `lead-fast train`")
-    with StopSignals(several=ranks.world > 1), _claimed(config, ranks) as folder, failures_explained(None):
-        prepared = prepare(inputs, config, lead, folder)
-        if ranks.is_first:
-            write_text(folder / CONFIG_FILE, to_yaml(config, lead.resolve()))
+    with StopSignals(several=ranks.world > 1), _claimed(config, ranks) as folder:
+        inputs = open_inputs(config)
+        if isinstance(inputs, Prepared):
+            raise ValueError(f"pool: {config.pool} is prepared already; give it to `lead-fast train`")
+        with failures_explained(None):
+            prepared = prepare(inputs, config, lead, folder)
+            if ranks.is_first:
+                write_text(folder / CONFIG_FILE, to_yaml(config, lead.resolve()))
     return {"out": str(folder), **prepared.summary}
 
 
@@ -142,14 +158,14 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
         check_options(folder, config, lead)
         return finished_run(folder) if ranks.is_first else {}
     checkpoints = Checkpoints(folder / CHECKPOINTS)
-    with StopSignals(several=ranks.world > 1) as stop:
+    with StopSignals(several=ranks.world > 1) as stop, _claimed(config, ranks):
         if config.resume and checkpoints.paths():
             check_options(folder, config, lead)
             inputs = own_inputs(config)
         else:
             inputs = open_inputs(config)
         heldout = None if config.heldout is None else Pool.open(config.heldout)
-        with _claimed(config, ranks), failures_explained(checkpoints):
+        with failures_explained(checkpoints):
             return _train(inputs, heldout, config, lead, checkpoints, stop, start)
 
 
@@ -180,7 +196,13 @@ def _claimed(config: PrepareConfig, ranks: Ranks) -> Iterator[Path]:
             kept.enter_context(locked(claim_folder(str(config.out), resume=config.resume)))
 
         ranks.on_first(claim)
-        yield Path(config.out)
+        folder = Path(config.out)
+        try:
+            yield folder
+        except BaseException:
+            if ranks.is_first and os.listdir(folder) == [CONFIG_FILE]:
+                (folder / CONFIG_FILE).unlink()  # of a run that never began: the folder is free again
+            raise
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
@@ -209,12 +231,12 @@ def _train(
         # The kind of model decides the default learning rate.
         config = dataclasses.replace(config, model_config=inputs.summary["model_config"])
     check_heldout(heldout, inputs, config, lead.seed)
+    ranks = Ranks.started(make_accelerator(config).device)
+    if ranks.is_first:
+        write_text(folder / CONFIG_FILE, options)  # before the longest part, so that --resume knows them
     prepared = inputs if isinstance(inputs, Prepared) else prepare(inputs, config, lead, folder / "prepared")
     encoder = prepared.encoder(config)
     accelerator = make_accelerator(config)
-    ranks = Ranks.started(accelerator.device)
-    if ranks.is_first:
-        write_text(folder / CONFIG_FILE, options)
     engine = LeadEngine(prepared.pool, lead, accelerator.device, group=ranks.group)
     engine.record_candidates = config.log_utilities and ranks.is_first
     first_utility = engine.utility(engine.groups.choosable_rows()).cpu().numpy()
@@ -377,11 +399,19 @@ def heldout_scorer(
             optimization.packed, samples, pack_tokens=config.pack_tokens, device=optimization.device, desc="held-out",
             ranks=optimization.ranks,
         )  # fmt: skip
+        finite = torch.isfinite(loss)
+        if not finite.all():
+            first = heldout.id(int(rows[int((~finite).nonzero()[0])]))
+            logger.warning("%d of %d held-out rows have no finite loss, and count in no mean; the first is %r",
+                           int((~finite).sum()), len(loss), first)  # fmt: skip
+        if not finite.any():
+            raise TrainingError("no held-out row has a finite loss; look at the model, or use --precision fp32")
         scores: dict[str, Any] = {
-            "heldout_loss": float(loss.mean()), "heldout_token_loss": float((loss * tokens).sum() / tokens.sum()),
-        }  # fmt: skip
+            "heldout_loss": float(loss[finite].mean()),
+            "heldout_token_loss": float((loss * tokens)[finite].sum() / tokens[finite].sum()),
+        }
         if heldout.sources is not None:
-            source = torch.from_numpy(heldout.sources[rows].astype(np.int64))
+            source = torch.from_numpy(heldout.sources[rows].astype(np.int64)).masked_fill(~finite, -1)
             scores["by_source"] = {
                 name: float(loss[source == k].mean()) for k, name in enumerate(heldout.source_names) if (source == k).any()
             }

@@ -162,6 +162,11 @@ def run_rounds(
                 with clock.part("select"):
                     rnd = engine.begin_round()
                 if rnd is None:
+                    if config.train_tokens is not None:
+                        logger.warning(
+                            "the budget of %d rows was used after %d of the %d tokens of train_tokens, by which the learning "
+                            "rate runs: raise budget or max_uses", engine.budget, run.trained_tokens, config.train_tokens,
+                        )  # fmt: skip
                     break
                 # A digest, so that ranks which disagree stop here and not in a wrong model.
                 ranks.agree(f"the rows of round {rnd.number}", zlib.crc32(rnd.rows.numpy().tobytes()))

@@ -11,7 +11,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lead_fast"
 # Only these rooms know transformers, accelerate and peft.
 HOSTS = {"transformers", "accelerate", "peft"}
-HOST_ROOMS = {"attention.py", "turns.py", "packing.py", "models.py", "loading.py", "lora.py", "optimization.py", "cli.py"}
+HOST_ROOMS = {
+    "attention.py",
+    "turns.py",
+    "packing.py",
+    "models.py",
+    "layers.py",
+    "loading.py",
+    "lora.py",
+    "optimization.py",
+    "cli.py",
+}
 HOST_ROOMS |= {"lora_linear.py", "offline", "integrations"}
 # What the inner rooms may import of this package; None: torch and triton alone.
 INNER = {

@@ -371,6 +371,43 @@ def test_samples_that_would_leak_into_each_other_run_one_by_one(kind, tokenizer,
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * max(scale, 1.0))
 
 
+@pytest.mark.parametrize("kind", ["llama4_text", "phimoe"])
+def test_windows_that_a_mask_alone_knows_are_found(kind, tokenizer, samples):
+    window = {"attention_chunk_size": 24} if kind == "llama4_text" else {"sliding_window": 24}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0}
+    model = tiny(kind, len(tokenizer), intermediate_size_mlp=48, **window, **experts)
+    assert not PackedModel(model, max_length=24).one_by_one  # no sample exceeds it
+    packed = PackedModel(model)
+    assert packed.one_by_one and max(map(len, samples)) > 24
+    out = packed(pack(samples))
+    for s, sample in enumerate(samples):
+        ids = torch.from_numpy(sample.input_ids)[None]
+        nll = nn.functional.cross_entropy(model(input_ids=ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="none")
+        expected = nll[torch.from_numpy(sample.supervised[1:])].mean()
+        torch.testing.assert_close(out.samples.loss[s], expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_windows_stay_what_they_are(tokenizer):
+    model = tiny("mistral", len(tokenizer), sliding_window=16)
+    assert not PackedModel(model).one_by_one
+    assert model.config.sliding_window == 16
+
+
+def test_a_model_that_sees_what_comes_is_refused(tokenizer):
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    model = prepare_model(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ValueError, match="`model` must be causal, got BertLMHeadModel"):
+        PackedModel(model)
+
+
+def test_adapters_leave_out_what_peft_refuses_in_a_mamba(tokenizer):
+    adapted = add_lora(mixing("mamba", len(tokenizer)), rank=4, alpha=8.0, seed=0)
+    names = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert names == {"in_proj", "x_proj", "dt_proj"}
+
+
 def test_experts_of_samples_that_run_one_by_one_are_balanced_over_all_of_them(tokenizer, samples):
     model = mixing("qwen3_next", len(tokenizer))
     packed, batch = PackedModel(model), pack(samples)

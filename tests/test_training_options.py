@@ -16,10 +16,11 @@ from lead_fast.cli import main
 from lead_fast.config import TrainConfig
 from lead_fast.demo_pool import demo_rows
 from lead_fast.files import write_jsonl
+from lead_fast.layers import compile_layers, liger_layers
 from lead_fast.loading import build_model, load_model, save_model
 from lead_fast.lora import add_lora
 from lead_fast.lora_linear import LoraLinear, fuse_lora
-from lead_fast.models import PackedModel, compile_layers, liger_layers
+from lead_fast.models import PackedModel
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization, TrainingError, make_accelerator
 from lead_fast.packing import ChatEncoder, pack
@@ -221,7 +222,7 @@ def test_what_liger_is_needed_for_is_said(tokenizer, monkeypatch):
             Optimization(model, accelerator, config)
     with pytest.raises(ValueError, match="`liger` must be False with `compile`"):
         TrainConfig(liger=True, compile=True)
-    monkeypatch.setattr("lead_fast.models.find_spec", lambda name: None)
+    monkeypatch.setattr("lead_fast.layers.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="liger-kernel is not installed"):
         liger_layers(model)
 

@@ -40,8 +40,9 @@ from lead_fast.integrations.checks import check_host, check_pool
 from lead_fast.integrations.rounds import HostRounds
 from lead_fast.integrations.samples import ChatSamples, DatasetSamples
 from lead_fast.integrations.state_file import load_state, save_state
+from lead_fast.layers import compile_layers
 from lead_fast.loading import check_length, length_limit, load_converted
-from lead_fast.models import PackedModel, causal_lm_of, compile_layers, forward_replaced, trained_parameters
+from lead_fast.models import PackedModel, causal_lm_of, forward_replaced, trained_parameters
 from lead_fast.ops import LinearCrossEntropyOutput
 from lead_fast.packing import CutCounts, PackedBatch, Sample
 from lead_fast.pool import Pool
@@ -74,7 +75,8 @@ class LeadRounds(_Host):
         model = self.model
         self._attention = AttentionSwitch(causal_lm_of(model))
         with self._attention.on():
-            self._packed = PackedModel(model)  # pyright: ignore[reportArgumentType]
+            max_length = samples_of.encoder.max_length if isinstance(samples_of, ChatSamples) else None
+            self._packed = PackedModel(model, max_length=max_length)  # pyright: ignore[reportArgumentType]
         if self.is_fsdp_enabled:
             keep_output_precision(self.accelerator.state.fsdp_plugin)
         args, self._ranks = self.args, Ranks.started(self.args.device)

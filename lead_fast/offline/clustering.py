@@ -58,6 +58,7 @@ def fine_tasks(arm: np.ndarray, embedding: np.ndarray, tasks_per_arm: int, *, se
 
 
 def _kmeans(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    seed %= 2**32  # of NumPy's generator of old
     # One thread: several sum the centers in an order that varies, and the last bit can move a row.
     with threadpool_limits(1):
         if len(points) > _MINI_BATCH_ROWS and points.shape[1] > 1:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lead_fast.config import LeadConfig, PrepareConfig
 from lead_fast.files import atomic_path, read_jsonl, write_json, write_jsonl, write_text
-from lead_fast.loading import check_length, load_model, load_tokenizer, loaded_to_shard, save_model
+from lead_fast.loading import check_config, check_length, load_model, load_tokenizer, loaded_to_shard, save_model
 from lead_fast.lora import add_lora, load_lora
 from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.pretrain import pretrained_model
@@ -38,6 +38,17 @@ from lead_fast.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 PREPARED_FILE = "prepare.json"
+# Options that made a prepared pool; training on it must have the same of the first ones.
+_SETTLED = ("tuning", "lora_rank", "lora_alpha", "lora_targets", "max_length")
+_MADE_BY = (
+    *_SETTLED,
+    "num_arms",
+    "tasks_per_arm",
+    "warmup_share",
+    "pretrain_share",
+    "pretrain_epochs",
+    "pretrain_learning_rate",
+)
 _UNUSED_PROMPT = 0.95
 
 
@@ -126,7 +137,7 @@ class Stages:
                 temporary.mkdir(parents=True)
                 yield temporary, notes
                 notes["seconds"] = round(time.perf_counter() - start, 3)
-                (temporary / "stage.json").write_text(json.dumps({"key": key, **notes}, indent=2))
+                (temporary / "stage.json").write_text(json.dumps({"key": key, **notes}, indent=2, allow_nan=False))
         else:
             yield None, notes
         self.ranks.wait()
@@ -148,10 +159,29 @@ class Stages:
 
 
 def load_prepared(folder: Path) -> Prepared:
-    """What `prepare` wrote to `folder`."""
+    """What `prepare` wrote to `folder`, which may have been moved since."""
     summary = json.loads((folder / PREPARED_FILE).read_text())
-    start = folder / "start"
-    return Prepared(Pool.load(folder / "pool"), summary["base"], start if start.exists() else None, summary)
+    start, own = folder / "start", folder / summary["base"]
+    base = str(own.resolve()) if own.exists() else summary["base"]
+    return Prepared(Pool.load(folder / "pool"), base, start if start.exists() else None, summary)
+
+
+def check_prepared(prepared: Prepared, config: PrepareConfig) -> None:
+    """Refuses options that a prepared pool has settled: its first utilities are those of its own model and lengths.
+
+    Raises:
+        ValueError: another model, other adapters or another `max_length`.
+    """
+    same = config.model is not None and Path(config.model).resolve() == Path(prepared.base).resolve()
+    if config.model_config is not None or not (config.model is None or same):
+        raise ValueError(f"model: {config.pool} was prepared with {prepared.base}; leave --model and --model-config out")
+    for name, value in prepared.summary.get("options", {}).items():
+        if name in _SETTLED and getattr(config, name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{name}: {config.pool} was prepared with {value!r}, got {getattr(config, name)!r}; leave {flag} out, or "
+                "prepare it again"
+            )
 
 
 def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -> Prepared:
@@ -169,11 +199,14 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
     summary: dict[str, Any] = {"model_config": config.model_config, "tuning": config.tuning}
     summary |= {"rows_read": len(pool), "rows_rejected": pool.num_rejected}
     base, pool = _base_model(pool, config, lead.seed, stages, summary)
-    summary["base"] = base
+    summary["base"] = base if config.model_config is None else "model"  # in this folder, wherever it goes
     brought = pool.arm is not None and pool.utility is not None
+    if not brought:
+        summary["options"] = {name: getattr(config, name) for name in _MADE_BY} | {"hard_rows": lead.hard_rows}
+    tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
+    check_config(base, tokenizer, trust_remote_code=config.trust_remote_code)
     date = stages.date()
     summary["date"] = date.isoformat()
-    tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
     encoder = ChatEncoder(tokenizer, config.max_length, date)
     if pool.has_text:
         pool = _encodable(pool, encoder, config, ranks, summary)
@@ -220,7 +253,7 @@ def _encodable(pool: Pool, encoder: ChatEncoder, config: PrepareConfig, ranks: R
     logger.warning("%s; they are left out", text)
     rejects = [{"id": pool.id(row), "field": "messages", "reason": reason, "raw": json.dumps(pool.messages(row))}
                for row, reason in bad.items()]  # fmt: skip
-    path = Path(f"{str(config.out).rstrip('/')}.rejects.jsonl")
+    path = rejects_path(config)
 
     def add() -> None:
         others = [line for line in (read_jsonl(path) if path.exists() else []) if "file" in line]  # that reading has refused
@@ -229,6 +262,11 @@ def _encodable(pool: Pool, encoder: ChatEncoder, config: PrepareConfig, ranks: R
     ranks.on_first(add)
     summary["rows_rejected"] += len(bad)
     return pool.subset(np.setdiff1d(np.arange(len(pool)), list(bad)))
+
+
+def rejects_path(config: PrepareConfig) -> Path:
+    """Where rows that are left out are written: beside the folder of the run."""
+    return Path(f"{Path(str(config.out)).absolute()}.rejects.jsonl")
 
 
 def _base_model(pool: Pool, config: PrepareConfig, seed: int, stages: Stages, summary: dict[str, Any]) -> tuple[str, Pool]:
@@ -346,6 +384,8 @@ def _cluster(pool: Pool, config: PrepareConfig, lead: LeadConfig, stages: Stages
     arm[~aside] = difficulty_arms(difficulty[~aside], config.num_arms, seed=lead.seed)
     arm[aside] = arm[~aside].max(initial=0)  # never selected; shown with the hardest rows
     embedding = np.nan_to_num(scores["embedding"])
+    if pool.task is not None:
+        logger.info("the rows bring their tasks (column `task`): no fine clusters are made")
     task = pool.task if pool.task is not None else fine_tasks(arm, embedding, config.tasks_per_arm, seed=lead.seed)
     summary["arms"] = [
         {"arm": k, "rows": int(((arm == k) & ~aside).sum()), "tasks": len(np.unique(task[(arm == k) & ~aside])),
