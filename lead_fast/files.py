@@ -88,8 +88,18 @@ def write_jsonl(path: str | Path, rows: list[dict[str, Any]], *, durable: bool =
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The JSON objects of a file, one a line.
+
+    Raises:
+        ValueError: a line is no JSON; file and line are named.
+    """
+    found = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: expected a JSON object, got {line[:40]!r} ({error})") from error
+    return found
 
 
 def _remove(path: Path) -> None:

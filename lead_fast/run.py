@@ -179,6 +179,8 @@ def with_absolute_paths(config: AnyConfig) -> AnyConfig:
 def _start(config: PrepareConfig) -> Ranks:
     """The processes of the run, set up as the launcher asked for."""
     accelerator = make_accelerator(config)
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise ValueError("precision: fp16 needs a GPU, got a CPU; use bf16 or fp32")
     if accelerator.num_processes > 1:
         logger.info("%d processes train together, by %s", accelerator.num_processes, accelerator.distributed_type.value)
     if config.threads is not None:
