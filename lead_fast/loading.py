@@ -78,22 +78,17 @@ def load_model(
     return prepare_model(model)
 
 
-def check_config(path: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False) -> None:
-    """Compares a model's configuration with what is served, and with its tokenizer, before anything is loaded.
+def embedded_tokens(path: str, *, trust_remote_code: bool = False) -> int | None:
+    """How many tokens a model embeds, by its configuration, which is all that is read; None where that does not say.
 
     Raises:
-        ValueError: it is no decoder with an LM head, or embeds fewer tokens than there are.
+        ValueError: it is no decoder with an LM head.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if not known or config.is_encoder_decoder:
         raise ValueError(f"model: expected a decoder with an LM head, got a {type(config).__name__} in {path}")
-    largest, size = max(tokenizer.get_vocab().values()), getattr(config.get_text_config(), "vocab_size", None)
-    if size is not None and largest >= size:
-        raise ValueError(
-            f"model: {path} embeds {size} tokens, and its tokenizer has ids up to {largest}; add what is missing with "
-            "`resize_token_embeddings`, or take the tokenizer that it was trained with"
-        )
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def loaded_to_shard(load: Callable[[bool], PreTrainedModel], ranks: Ranks) -> PreTrainedModel:

@@ -199,10 +199,11 @@ def _claimed(config: PrepareConfig, ranks: Ranks) -> Iterator[Path]:
 
         ranks.on_first(claim)
         folder = Path(config.out)
+        is_new = ranks.is_first and not any(folder.iterdir())
         try:
             yield folder
         except BaseException:
-            if ranks.is_first and os.listdir(folder) == [CONFIG_FILE]:
+            if is_new and os.listdir(folder) == [CONFIG_FILE]:
                 (folder / CONFIG_FILE).unlink()  # of a run that never began: the folder is free again
             raise
 

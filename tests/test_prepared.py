@@ -16,7 +16,7 @@ import yaml
 from lead_fast.cli import main
 from lead_fast.demo_pool import demo_rows
 from lead_fast.files import read_jsonl, write_jsonl
-from lead_fast.loading import check_config, load_tokenizer
+from lead_fast.loading import embedded_tokens, load_tokenizer
 
 PREPARE = ["--model-config", "tiny", "--pretrain-epochs", "1", "--max-length", "96", "--num-arms", "3", "--tasks-per-arm", "2",
            "--lora-rank", "8", "--warmup-share", "0.1"]  # fmt: skip
@@ -188,14 +188,24 @@ def test_a_model_that_is_all_nan_is_not_called_unpackable(partly_nan, tmp_path, 
     assert "what LlamaForCausalLM computes must be finite, got NaN or inf" in capfd.readouterr().err
 
 
-def test_models_that_are_no_decoders_are_named(prepared, tmp_path):
-    tokenizer = load_tokenizer(prepared / "model")
+def test_models_that_are_no_decoders_are_named(tmp_path):
     transformers.T5Config().save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match=r"model: expected a decoder with an LM head, got a T5Config"):
-        check_config(str(tmp_path / "t5"), tokenizer)
-    transformers.LlamaConfig(vocab_size=len(tokenizer) - 1).save_pretrained(tmp_path / "small")
-    with pytest.raises(ValueError, match=f"embeds {len(tokenizer) - 1} tokens, and its tokenizer has ids up to"):
-        check_config(str(tmp_path / "small"), tokenizer)
+        embedded_tokens(str(tmp_path / "t5"))
+
+
+def test_a_token_that_the_model_does_not_embed_is_named(partly_nan, tmp_path, capfd):
+    """Of a tokenizer that has more than the model embeds only what occurs matters: a padding token does not."""
+    tokenizer = load_tokenizer(partly_nan / "model")
+    size, rows = len(tokenizer), str(partly_nan / "rows.jsonl")
+    tokenizer.add_tokens(["<pad and no more>", "☃"])
+    model = tmp_path / "model"
+    transformers.LlamaForCausalLM.from_pretrained(partly_nan / "model").save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    command = ["train", "--model", str(model), "--pool", rows, "--out", str(tmp_path / "run"), *TRAIN]
+    assert main(command) == 1
+    assert f"embeds {size} tokens, and the rows have token {size + 1}" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "prepared" / "scores").exists()
 
 
 def test_yaml(prepared, tmp_path, capfd, monkeypatch):

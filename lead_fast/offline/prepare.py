@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lead_fast.config import LeadConfig, PrepareConfig
 from lead_fast.files import atomic_path, read_jsonl, write_json, write_jsonl, write_text
-from lead_fast.loading import check_config, check_length, load_model, load_tokenizer, loaded_to_shard, save_model
+from lead_fast.loading import check_length, embedded_tokens, load_model, load_tokenizer, loaded_to_shard, save_model
 from lead_fast.lora import add_lora, load_lora
 from lead_fast.offline.clustering import difficulty_arms, fine_tasks
 from lead_fast.offline.pretrain import pretrained_model
@@ -204,12 +204,17 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
     if not brought:
         summary["options"] = {name: getattr(config, name) for name in _MADE_BY} | {"hard_rows": lead.hard_rows}
     tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
-    check_config(base, tokenizer, trust_remote_code=config.trust_remote_code)
+    num_embedded = embedded_tokens(base, trust_remote_code=config.trust_remote_code)
     date = stages.date()
     summary["date"] = date.isoformat()
     encoder = ChatEncoder(tokenizer, config.max_length, date)
     if pool.has_text:
-        pool = _encodable(pool, encoder, config, ranks, summary)
+        pool, largest = _encodable(pool, encoder, config, ranks, summary)
+        if num_embedded is not None and largest >= num_embedded:
+            raise ValueError(
+                f"model: {base} embeds {num_embedded} tokens, and the rows have token {largest}: add what is missing by "
+                "`resize_token_embeddings`, or take the tokenizer that it was trained with"
+            )
     if brought:
         logger.info("the pool brings arms and first utilities: no warm-up, no scoring")
     else:
@@ -230,22 +235,26 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
     return ranks.on_first(write) or load_prepared(folder)
 
 
-def _encodable(pool: Pool, encoder: ChatEncoder, config: PrepareConfig, ranks: Ranks, summary: dict[str, Any]) -> Pool:
+def _encodable(
+    pool: Pool, encoder: ChatEncoder, config: PrepareConfig, ranks: Ranks, summary: dict[str, Any]
+) -> tuple[Pool, int]:
     """The pool without rows that the chat template cannot render, where bad rows are to be skipped; those set aside may stay.
+    Also the largest token id of its rows.
 
     Raises:
         ValueError: it has such rows; the first is named.
     """
     errors = list[ConversationError]()
     rows = np.flatnonzero(~pool.aside)[ranks.number :: ranks.world]
-    for _ in encoder.encode(tqdm(pool.iter_messages(rows), desc="checking the rows", delay=2, total=len(rows), leave=False,
-                                 disable=not ranks.is_first), errors=errors):  # fmt: skip
-        pass
+    messages = tqdm(pool.iter_messages(rows), desc="checking the rows", delay=2, total=len(rows), leave=False,
+                    disable=not ranks.is_first)  # fmt: skip
+    largest = max((int(sample.input_ids.max()) for sample in encoder.encode(messages, errors=errors)), default=0)
     encoder.cuts = CutCounts(max_length=config.max_length)
     found = sorted((int(rows[error.number]), error.reason) for error in errors)
-    bad = dict(sorted(entry for part in ranks.gather(found) for entry in part))
+    shares = ranks.gather((found, largest))
+    bad, largest = dict(sorted(entry for part, _ in shares for entry in part)), max(largest for _, largest in shares)
     if not bad:
-        return pool
+        return pool, largest
     row, reason = next(iter(bad.items()))
     text = f"{len(bad):,} of {len(pool):,} rows cannot be rendered; the first is {pool.id(row)!r}: {reason}"
     if config.on_bad_row != "skip" or len(bad) == len(pool):
@@ -261,7 +270,7 @@ def _encodable(pool: Pool, encoder: ChatEncoder, config: PrepareConfig, ranks: R
 
     ranks.on_first(add)
     summary["rows_rejected"] += len(bad)
-    return pool.subset(np.setdiff1d(np.arange(len(pool)), list(bad)))
+    return pool.subset(np.setdiff1d(np.arange(len(pool)), list(bad))), largest
 
 
 def rejects_path(config: PrepareConfig) -> Path:
