@@ -175,7 +175,7 @@ def test_a_restored_engine_has_its_shadows_back():
     everything = torch.arange(len(engine.pool))
     for name in SHADOWS:
         assert torch.equal(engine.predicted_loss(everything, name), again.predicted_loss(everything, name))
-    with pytest.raises(ValueError, match="`shadows` must be"):
+    with pytest.raises(ValueError, match="`estimators` must be"):
         make()[0].load_state_dict(state)
 
 
