@@ -11,7 +11,7 @@ demo:
 # A process a core, each with one thread; a file's tests stay together, for what they share.
 test:
 	@.ci/setup.sh test
-	OMP_NUM_THREADS=1 .venv/bin/pytest -q --durations=15 -n logical --dist loadfile tests
+	OMP_NUM_THREADS=1 .venv/bin/pytest -q --durations=15 -n logical --dist loadfile --no-loadscope-reorder tests
 
 # Fifty runs killed by SIGKILL at seeded random moments, resumed, and compared with runs that were not killed.
 test-kill:

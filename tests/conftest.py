@@ -10,7 +10,15 @@ from forked_runs import Runs
 from same_run import References
 
 
+# Files that take long for few tests: begun first, so that no worker waits for another at the end.
+_LONG = frozenset({
+    "test_interpreter.py", "test_build.py", "test_processes.py", "test_sharded.py", "test_kill.py", "test_stop.py",
+    "test_host_processes.py", "test_host_sharded.py", "test_lead_trainer.py", "test_examples.py", "test_real_data.py",
+})  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONG)
     if torch.cuda.is_available():
         return
     for item in items:
