@@ -9,7 +9,6 @@ import torch
 from forked_runs import Runs
 from same_run import References
 
-
 # Files that take long for few tests: begun first, so that no worker waits for another at the end.
 _LONG = frozenset({
     "test_interpreter.py", "test_build.py", "test_processes.py", "test_sharded.py", "test_kill.py", "test_stop.py",
