@@ -45,6 +45,7 @@ def packed_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     s_aux: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sample.
@@ -61,10 +62,12 @@ def packed_attention(
         [1, T, heads, D], and None for the weights.
 
     Raises:
-        ValueError: the model has attention sinks (`s_aux`), which are not served.
+        ValueError: the model has attention sinks (`s_aux`) or attends to some blocks alone (`block_indices`).
     """
     if s_aux is not None:
         raise ValueError("packed_attention: attention sinks (`s_aux`) are not served")
+    if block_indices is not None:
+        raise ValueError("packed_attention: attention to chosen blocks (`block_indices`) is not served")
     device = query.device.type
     if torch.is_autocast_enabled(device):  # it knows none of the kernels; rotary embeddings make fp32 of half precision
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))

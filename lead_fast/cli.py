@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lead_fast import __version__
-from lead_fast.config import PRESETS, LeadConfig, PrepareConfig, TrainConfig, read_yaml
+from lead_fast.config import PRESETS, SETTLED_OPTIONS, LeadConfig, PrepareConfig, TrainConfig, read_yaml
 from lead_fast.files import os_error
 
 logger = logging.getLogger(__name__)
@@ -184,9 +184,10 @@ def _prepared_with(options: dict[str, Any]) -> dict[str, Any]:
     if not file.exists():
         return {}
     made_by = json.loads(file.read_text()).get("options", {})
-    for name, value in made_by.items():
-        given = options.get(name, value)
-        if str(given) != str(value):
+    kinds = {f.name: str(f.type).split(" | ") for config in (TrainConfig, LeadConfig) for f in dataclasses.fields(config)}
+    for name in made_by.keys() & options.keys() - set(SETTLED_OPTIONS):  # which `check_prepared` compares
+        value, given = made_by[name], _as_typed(name, kinds[name], options[name])
+        if given != value:
             raise ValueError(
                 f"{name}: {file.parent} was prepared with {value!r}, got {given!r}; leave --{name.replace('_', '-')} out, or "
                 "prepare it again"

@@ -38,7 +38,8 @@ class Method:
     arms: str = "difficulty"
 
 
-_RANDOM = {"bandit": "uniform", "choose": "random", "exclude_top": 0.0, "visit_all_first": False, "estimator": "none"}
+_RANDOM = {"bandit": "uniform", "choose": "random", "exclude_top": 0.0, "visit_all_first": False, "estimator": "none",
+           "hard_rows": "zero"}  # fmt: skip
 
 METHODS = {
     m.name: m

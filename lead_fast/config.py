@@ -118,6 +118,14 @@ class LeadConfig:
         return max(1, min(rows, num_rows))
 
 
+# Options that make a prepared pool; training on it must have the same of the first ones.
+SETTLED_OPTIONS = ("tuning", "lora_rank", "lora_alpha", "lora_targets", "max_length")
+PREPARE_OPTIONS = (
+    *SETTLED_OPTIONS, "num_arms", "tasks_per_arm", "warmup_share", "pretrain_share", "pretrain_epochs",
+    "pretrain_learning_rate",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """Model, data and the offline stages (section 2): warm-up, difficulty, first utility, clusters."""

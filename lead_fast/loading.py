@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,8 @@ def load_converted(model: PreTrainedModel, folder: str) -> None:
     Raises:
         RuntimeError: the folder does not have all of them.
     """
-    saved, found = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)  # pyright: ignore
+    widest = reduce(torch.promote_types, {p.dtype for p in model.parameters()})  # some models keep a part in fp32
+    saved, found = type(model).from_pretrained(folder, dtype=widest, output_loading_info=True)  # pyright: ignore
     if found["missing_keys"]:
         raise RuntimeError(
             f"{folder}: expected all weights of {type(model).__name__}, got none for {sorted(found['missing_keys'])}"

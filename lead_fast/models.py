@@ -191,52 +191,58 @@ def check_packing(model: PackedModel) -> None:
         causal.set_attn_implementation(attention)
         return _one_by_one(causal, batch).last_hidden_state[0]
 
-    with _short_windows(causal, model.max_length):
-        packed, reason = None, "its attention is its own"
-        if implementation == PACKED_ATTENTION:
-            try:
-                packed, reason = model.hidden(batch), "packed, they would not be what they are alone"
-            except (ValueError, TypeError, AttributeError, NotImplementedError, LookupError) as error:
-                reason = f"packed, {type(error).__name__}: {error}"  # of the model, which knows nothing of packed batches
-        expected = alone("eager")
-        if not torch.isfinite(expected).all():
-            raise ValueError(f"check_packing: what {name} computes must be finite, got NaN or inf: look at its weights")
-        tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
-        difference = math.inf if packed is None else distance(packed, expected)
-        first = body_of(causal)(input_ids=samples[1][None, : lengths[0]], use_cache=False).last_hidden_state[0]
-        foresight = distance(first, expected[lengths[0] : 2 * lengths[0]])
-        if max(difference, foresight) >= tolerance and expected.dtype != torch.float32 and causal._supports_sdpa:
-            # Deep models with large activations: how far apart does rounding drive two that are right?
-            tolerance = max(tolerance, 3.0 * distance(alone("sdpa"), expected))
-        if not foresight < tolerance:
-            raise ValueError(f"check_packing: `model` must be causal, got {name}, whose tokens see those that come after them")
+    try:
+        with _short_windows(causal, model.max_length):
+            packed, reason = None, "its attention is its own"
+            if implementation == PACKED_ATTENTION:
+                try:
+                    packed, reason = model.hidden(batch), "packed, they would not be what they are alone"
+                except (ValueError, TypeError, AttributeError, NotImplementedError, LookupError) as error:
+                    reason = f"packed, {type(error).__name__}: {error}"  # of the model, which knows nothing of packed batches
+            expected = alone("eager")
+            if not torch.isfinite(expected).all():
+                raise ValueError(f"check_packing: what {name} computes must be finite, got NaN or inf: look at its weights")
+            tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
+            difference = math.inf if packed is None else distance(packed, expected)
+            first = body_of(causal)(input_ids=samples[1][None, : lengths[0]], use_cache=False).last_hidden_state[0]
+            foresight = distance(first, expected[lengths[0] : 2 * lengths[0]])
+            if max(difference, foresight) >= tolerance and expected.dtype != torch.float32 and causal._supports_sdpa:
+                # Deep models with large activations: how far apart does rounding drive two that are right?
+                tolerance = max(tolerance, 3.0 * distance(alone("sdpa"), expected))
+            if not foresight < tolerance:
+                raise ValueError(f"check_packing: `model` must be causal, got {name}, whose tokens see those after them")
+            causal.set_attn_implementation(implementation)
+            if not difference < tolerance:
+                model.one_by_one = True
+                causal.set_attn_implementation("sdpa" if causal._supports_sdpa else "eager")
+                if not distance(model.hidden(batch), expected) < tolerance:
+                    raise ValueError(
+                        f"check_packing: {name} gives packed samples other hidden states than it gives each alone "
+                        f"(relative difference {difference:.2g}); it cannot be trained on packed batches"
+                    )
+                say_once(f"samples run through {name} one by one: {reason}")
+    except BaseException:
+        model.one_by_one = False
         causal.set_attn_implementation(implementation)
-        if not difference < tolerance:
-            model.one_by_one = True
-            causal.set_attn_implementation("sdpa" if causal._supports_sdpa else "eager")
-            if not distance(model.hidden(batch), expected) < tolerance:
-                raise ValueError(
-                    f"check_packing: {name} gives packed samples other hidden states than it gives each alone "
-                    f"(relative difference {difference:.2g}); it cannot be trained on packed batches"
-                )
-            say_once(f"samples run through {name} one by one: {reason}")
-    model.train(was_training)
+        raise
+    finally:
+        model.train(was_training)
 
 
 @contextmanager
 def _short_windows(model: PreTrainedModel, max_length: int | None) -> Iterator[None]:
     """Within, windows and chunks of attention that samples of `max_length` tokens (None: any) would exceed are shorter than
     those that a check compares: some models know them by a mask alone, which packed attention is not given."""
-    kept = list[tuple[Any, str, int]]()
+    owners, kept = list(model.modules()), list[tuple[Any, str, int]]()
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}
     configs |= {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    for owner in (*configs.values(), *model.modules()):
-        for name in ("sliding_window", "attention_chunk_size"):
-            window = getattr(owner, name, None)
-            if type(window) is int and window > _SHORT_WINDOW and (max_length is None or max_length > window):
-                kept.append((owner, name, window))
-                setattr(owner, name, _SHORT_WINDOW)
     try:
+        for owner in (*configs.values(), *owners):
+            for name in ("sliding_window", "attention_chunk_size"):
+                window = getattr(owner, name, None)
+                if type(window) is int and window > _SHORT_WINDOW and (max_length is None or max_length > window):
+                    setattr(owner, name, _SHORT_WINDOW)
+                    kept.append((owner, name, window))
         yield
     finally:
         for owner, name, window in kept:

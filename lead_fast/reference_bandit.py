@@ -70,7 +70,7 @@ def exp3_update(
     rate = torch.full_like(count, gamma) / count
     log_w = log_w.clone()
     for arm, reward, prob in zip(arms, rewards, probs, strict=True):
-        take = (arm >= 0) & ~torch.isnan(reward)
+        take = (arm >= 0) & ~torch.isnan(reward) & (count > 0)
         at = arm.clamp_min(0)
         after = log_w.clone()
         if name in ("exp3", "exp3s"):
@@ -147,6 +147,6 @@ def bandit_update(
     counted = ~rewards.isnan()
     scaled = scale_rewards(scale, rewards)
     counts.index_add_(0, arms.clamp_min(0), counted.double())
-    sums.index_add_(0, arms.clamp_min(0), rewards.nan_to_num(0.0))
+    sums.index_add_(0, arms.clamp_min(0), torch.where(counted, rewards, 0.0))
     log_w.copy_(exp3_update(log_w, mask, arms, torch.where(counted, scaled, math.nan), probs, gamma, variant, share))
     return scaled

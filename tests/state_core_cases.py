@@ -10,6 +10,7 @@ import state_plain as plain
 import torch
 
 from lead_fast import _C
+from lead_fast import state as _state  # noqa: F401, defines torch.ops.lead_fast.observe and the rest
 
 BETA1, KAPPAS = 0.9, (0.0, 0.25, 0.5, 1.0, 2.0)
 f32 = np.float32

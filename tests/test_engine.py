@@ -202,7 +202,7 @@ def test_a_state_of_other_arms_or_estimators_is_refused_and_changes_nothing():
 @pytest.mark.parametrize("hard_rows", ["aside", "zero"])
 def test_rows_whose_prompt_does_not_help_are_chosen_where_the_configuration_says(hard_rows):
     pool, _ = make_pool()
-    difficulty = np.where(np.arange(len(pool)) % 3 == 0, 1.2, 0.7).astype(np.float32)
+    difficulty = np.where(np.arange(len(pool)) % 3 == 0, 1.2, 1.0).astype(np.float32)  # 1 itself is not above it
     config = lf.LeadConfig(**OPTIONS, hard_rows=hard_rows)
     engine = lf.LeadEngine(pool.with_arrays(difficulty=difficulty), config)
     chosen = []

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lead_fast.attention import PACKED_ATTENTION
+from lead_fast.attention import PACKED_ATTENTION, packed_attention
 from lead_fast.loading import build_model, check_length, load_model, loaded_to_shard, prepare_model, save_model
 from lead_fast.lora import add_lora
 from lead_fast.models import PackedModel, check_head, lm_head
@@ -387,10 +387,25 @@ def test_windows_that_a_mask_alone_knows_are_found(kind, tokenizer, samples):
         torch.testing.assert_close(out.samples.loss[s], expected.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_windows_stay_what_they_are(tokenizer):
-    model = tiny("mistral", len(tokenizer), sliding_window=16)
-    assert not PackedModel(model).one_by_one
-    assert model.config.sliding_window == 16
+def test_windows_stay_what_they_are(tokenizer, monkeypatch):
+    """Those of the configuration and of each layer, also where the check raises; nor is the model left in another mode."""
+    model = tiny("gemma3_text", len(tokenizer), sliding_window=16, layer_types=["sliding_attention", "sliding_attention"])
+
+    def windows():
+        return [model.config.sliding_window, *(layer.self_attn.sliding_window for layer in model.model.layers)]
+
+    assert windows() == [16, 16, 16] and model.training and not PackedModel(model).one_by_one
+    assert windows() == [16, 16, 16] and model.training
+    monkeypatch.setattr(PackedModel, "hidden", lambda self, batch: self._run(batch).last_hidden_state[0].roll(1, 0))
+    with pytest.raises(ValueError, match="other hidden states"):
+        PackedModel(model)
+    assert windows() == [16, 16, 16] and model.training and model.config._attn_implementation == PACKED_ATTENTION
+
+
+def test_attention_to_chosen_blocks_is_not_taken_for_all(tokenizer):
+    query = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="block_indices"):
+        packed_attention(nn.Module(), query, query, query, None, block_indices=torch.zeros(1))
 
 
 def test_a_model_that_sees_what_comes_is_refused(tokenizer):

@@ -14,9 +14,14 @@ import transformers
 import yaml
 
 from lead_fast.cli import main
+from lead_fast.compare import METHODS, pool_for
+from lead_fast.config import LeadConfig, TrainConfig
 from lead_fast.demo_pool import demo_rows
+from lead_fast.engine import LeadEngine
 from lead_fast.files import read_jsonl, write_jsonl
 from lead_fast.loading import embedded_tokens, load_tokenizer
+from lead_fast.offline.prepare import Prepared, load_prepared
+from lead_fast.run import open_inputs
 
 PREPARE = ["--model-config", "tiny", "--pretrain-epochs", "1", "--max-length", "96", "--num-arms", "3", "--tasks-per-arm", "2",
            "--lora-rank", "8", "--warmup-share", "0.1"]  # fmt: skip
@@ -94,6 +99,30 @@ def test_what_a_prepared_pool_has_settled_is_not_changed(options, message, prepa
     assert main(["train", "--pool", str(prepared), "--out", str(out), *TRAIN, *options]) == 1
     assert re.search(message, capfd.readouterr().err)
     assert not out.exists()
+
+
+def test_callers_of_the_functions_are_told_the_same(prepared, tmp_path):
+    with pytest.raises(ValueError, match=r"lora_rank: .* was prepared with 8, got 64"):
+        open_inputs(TrainConfig(pool=str(prepared), out=str(tmp_path / "run"), max_length=96))
+    settled = TrainConfig(pool=str(prepared), out=str(tmp_path / "run"), max_length=96, lora_rank=8)
+    assert isinstance(open_inputs(settled), Prepared)
+
+
+def test_the_file_that_prepared_a_pool_trains_on_it(prepared, tmp_path):
+    """YAML has types of its own: 16 for 16.0, text for 1e-3."""
+    file = tmp_path / "both.yaml"
+    made_by = "lora_alpha: 16\nlora_rank: 8\nmax_length: 96\nnum_arms: 3\ntasks_per_arm: 2\npretrain_epochs: 1\n"
+    made_by += "pretrain_learning_rate: 2e-3\nwarmup_share: 0.1\nlora_targets: null\n"
+    file.write_text(made_by + "budget: 8\nmin_rounds: 2\n")
+    assert main(["train", "--config", str(file), "--pool", str(prepared), "--out", str(tmp_path / "run")]) == 0
+
+
+def test_controls_of_a_comparison_see_all_rows(prepared):
+    pool = load_prepared(prepared).pool
+    assert pool.aside.any()
+    for name in ("random", "source_balanced"):
+        engine = LeadEngine(pool_for(METHODS[name], pool), LeadConfig(**METHODS[name].options))
+        assert engine.groups.num_choosable == len(pool)
 
 
 def test_the_other_preset_is_said(prepared, tmp_path, caplog):

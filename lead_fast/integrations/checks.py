@@ -66,8 +66,12 @@ def check_host(op: str, trainer: Any) -> None:
 
 def _does_more_outside(model: Any) -> str:
     """The kind of adapters whose wrapper does something of its own around the model's forward, where packed batches go past."""
-    configs = getattr(model, "peft_config", None) or {}
-    for name in getattr(model, "active_adapters", None) or [] if configs else []:
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return ""
+    active: Any = model.active_adapters
+    names: Any = active() if callable(active) else active  # a method of transformers' own
+    for name in names:
         if (kind := getattr(configs[name].peft_type, "value", "")) == "ADALORA":
             return f"{kind}, whose wrapper adds a term to the loss"
         if getattr(configs[name], "alora_invocation_tokens", None) is not None:

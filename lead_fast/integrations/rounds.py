@@ -28,7 +28,7 @@ from lead_fast.rounds import Round
 logger = logging.getLogger(__name__)
 
 STATE_FORMAT = 2
-_COUNTS = ("num_tokens", "num_items")
+_COUNTS = ("num_tokens", "num_items", "num_barren")
 _POSITION = ("used_before", "steps_done", *_COUNTS)
 _POOL_ARRAYS = ("arm", "task", "utility", "num_tokens", "aside")
 _OTHER_LOSSES = 0.1  # of the mean utility: rounding and dropout are below it, another model or other masks above
@@ -45,6 +45,7 @@ class OpenRound:
             empty.
         num_steps, steps_done: optimizer steps of the round, and those taken.
         num_tokens, num_items: tokens and supervised tokens that this process trained on.
+        num_barren: its rows so far without a supervised token.
     """
 
     round: Round
@@ -54,6 +55,7 @@ class OpenRound:
     steps_done: int = 0
     num_tokens: int = 0
     num_items: int = 0
+    num_barren: int = 0
 
 
 class HostRounds:
@@ -81,7 +83,6 @@ class HostRounds:
         self.engine, self.samples_of, self.ranks = engine, samples_of, ranks or Ranks()
         self.batch_size, self.accumulation = batch_size, accumulation
         self.open: OpenRound | None = None
-        self._barren: list[int] = []  # rows of the open round without a supervised token
         self._untrained: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows and losses before the first optimizer step
 
     # The stream.
@@ -107,7 +108,7 @@ class HostRounds:
         for rows in ahead:
             if rows:
                 own = [next(samples) for _ in rows]
-                self._barren += [row for row, sample in zip(rows, own, strict=True) if not sample.supervised[1:].any()]
+                opened.num_barren += sum(not sample.supervised[1:].any() for sample in own)
                 yield dict(vars(pack(own, rows)))
             elif self.ranks.world > 1:
                 yield dict(vars(without_supervision(pack(self.samples_of([int(opened.round.rows[0])])))))
@@ -124,7 +125,7 @@ class HostRounds:
         """Takes the statistics of one micro-batch, before the optimizer step it belongs to."""
         opened = self._open("observe")
         loss, num_tokens = samples.loss, samples.num_tokens
-        if self._barren:  # what nothing is to be learned of is not chosen again
+        if opened.num_barren:  # what nothing is to be learned of is not chosen again
             none = (num_tokens == 0) & (batch.rows >= 0)
             loss, num_tokens = loss.masked_fill(none, math.nan), num_tokens.masked_fill(none, 1.0)
         self.engine.observe(batch.rows, samples._replace(loss=loss, num_tokens=num_tokens))
@@ -149,12 +150,11 @@ class HostRounds:
         """
         opened, engine = self._open("end"), self.engine
         report = engine.end_round()
-        if num_barren := self.ranks.sum_of(len(self._barren)):
+        if num_barren := self.ranks.sum_of(opened.num_barren):
             logger.warning(
                 "round %d: %d of its %d rows have no supervised token: never chosen again", report.number, num_barren,
                 len(opened.round),
             )  # fmt: skip
-        self._barren = []
         self._compare_utilities()
         num_tokens, num_items = self.ranks.sum_of(opened.num_tokens), self.ranks.sum_of(opened.num_items)
         self.open = None

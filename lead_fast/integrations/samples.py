@@ -97,22 +97,28 @@ class DatasetSamples:
     ) -> None:  # fmt: skip
         self.dataset, self.collator, self.index, self.limit = dataset, collator, index, limit
 
-    def check(self, rows: np.ndarray) -> None:
+    def check(self, rows: np.ndarray) -> int | None:
         """Before training, makes the samples of those `rows` that by their length cannot be served, where a column tells it.
+
+        Returns:
+            Tokens of the longest of `rows`, padding counted; None where no column tells it.
 
         Raises:
             ValueError: a sample without tokens, or one that is too long.
         """
-        if "input_ids" not in (getattr(self.dataset, "column_names", None) or ()):
-            return
+        named = getattr(self.dataset, "column_names", None) or ()
+        if "input_ids" not in named or not hasattr(self.dataset, "select_columns"):
+            return None
         import pyarrow.compute as pc  # which a datasets.Dataset brings along
 
         index = rows if self.index is None else self.index[rows]
         column = self.dataset.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
-        lengths = pc.list_value_length(column).to_numpy()[index]  # pyright: ignore[reportAttributeAccessIssue]  made at import
+        lengths = pc.list_value_length(column).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]  made at import
+        lengths = np.nan_to_num(lengths)[index]
         bad = (lengths == 0) if self.limit is None else (lengths == 0) | (lengths > self.limit[0])
         for row in rows[bad].tolist():  # some of which may be padding
             self([row])
+        return int(lengths.max(initial=0))
 
     def __call__(self, rows: Sequence[int]) -> list[Sample]:
         """The samples of `rows`, in their order.

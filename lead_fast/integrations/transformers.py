@@ -47,6 +47,7 @@ from lead_fast.ops import LinearCrossEntropyOutput
 from lead_fast.packing import CutCounts, PackedBatch, Sample
 from lead_fast.pool import Pool
 from lead_fast.ranks import Ranks
+from lead_fast.selection import rows_aside
 from lead_fast.shards import keep_output_precision
 
 _Host = Trainer if TYPE_CHECKING else object
@@ -70,13 +71,16 @@ class LeadRounds(_Host):
     def start_rounds(self, pool: Pool, lead: LeadConfig | None, samples_of: Callable[[Sequence[int]], list[Sample]]) -> None:
         """Once, when the host is set up."""
         check_host(type(self).__name__, self)
-        if isinstance(samples_of, DatasetSamples):
-            samples_of.check(np.flatnonzero(~pool.aside))
+        longest: int | None = None
+        if isinstance(samples_of, ChatSamples):
+            longest = samples_of.encoder.max_length
+        elif isinstance(samples_of, DatasetSamples):
+            hard_rows = str((lead or LeadConfig()).resolve().hard_rows)
+            longest = samples_of.check(np.flatnonzero(~rows_aside(np.asarray(pool.aside), pool.difficulty, hard_rows)))
         model = self.model
         self._attention = AttentionSwitch(causal_lm_of(model))
         with self._attention.on():
-            max_length = samples_of.encoder.max_length if isinstance(samples_of, ChatSamples) else None
-            self._packed = PackedModel(model, max_length=max_length)  # pyright: ignore[reportArgumentType]
+            self._packed = PackedModel(model, max_length=longest)  # pyright: ignore[reportArgumentType]
         if self.is_fsdp_enabled:
             keep_output_precision(self.accelerator.state.fsdp_plugin)
         args, self._ranks = self.args, Ranks.started(self.args.device)

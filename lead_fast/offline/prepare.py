@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lead_fast.config import LeadConfig, PrepareConfig
+from lead_fast.config import PREPARE_OPTIONS, SETTLED_OPTIONS, LeadConfig, PrepareConfig
 from lead_fast.files import atomic_path, read_jsonl, write_json, write_jsonl, write_text
 from lead_fast.loading import check_length, embedded_tokens, load_model, load_tokenizer, loaded_to_shard, save_model
 from lead_fast.lora import add_lora, load_lora
@@ -34,21 +34,11 @@ from lead_fast.optimization import is_fsdp, make_accelerator, partitioned, scori
 from lead_fast.packing import ChatEncoder, ConversationError, CutCounts
 from lead_fast.pool import Pool
 from lead_fast.ranks import Ranks
+from lead_fast.selection import rows_aside
 
 logger = logging.getLogger(__name__)
 
 PREPARED_FILE = "prepare.json"
-# Options that made a prepared pool; training on it must have the same of the first ones.
-_SETTLED = ("tuning", "lora_rank", "lora_alpha", "lora_targets", "max_length")
-_MADE_BY = (
-    *_SETTLED,
-    "num_arms",
-    "tasks_per_arm",
-    "warmup_share",
-    "pretrain_share",
-    "pretrain_epochs",
-    "pretrain_learning_rate",
-)
 _UNUSED_PROMPT = 0.95
 
 
@@ -175,8 +165,11 @@ def check_prepared(prepared: Prepared, config: PrepareConfig) -> None:
     same = config.model is not None and Path(config.model).resolve() == Path(prepared.base).resolve()
     if config.model_config is not None or not (config.model is None or same):
         raise ValueError(f"model: {config.pool} was prepared with {prepared.base}; leave --model and --model-config out")
-    for name, value in prepared.summary.get("options", {}).items():
-        if name in _SETTLED and getattr(config, name) != value:
+    made_by = prepared.summary.get("options", {})
+    if prepared.start is not None:  # of an earlier version
+        made_by = {"tuning": prepared.summary["tuning"]} | made_by
+    for name, value in made_by.items():
+        if name in SETTLED_OPTIONS and getattr(config, name) != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
                 f"{name}: {config.pool} was prepared with {value!r}, got {getattr(config, name)!r}; leave {flag} out, or "
@@ -202,7 +195,7 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
     summary["base"] = base if config.model_config is None else "model"  # in this folder, wherever it goes
     brought = pool.arm is not None and pool.utility is not None
     if not brought:
-        summary["options"] = {name: getattr(config, name) for name in _MADE_BY} | {"hard_rows": lead.hard_rows}
+        summary["options"] = {name: getattr(config, name) for name in PREPARE_OPTIONS} | {"hard_rows": lead.hard_rows}
     tokenizer = load_tokenizer(base, trust_remote_code=config.trust_remote_code)
     num_embedded = embedded_tokens(base, trust_remote_code=config.trust_remote_code)
     date = stages.date()
@@ -223,8 +216,9 @@ def prepare(pool: Pool, config: PrepareConfig, lead: LeadConfig, folder: Path) -
 
     def write() -> Prepared:
         prepared_pool = pool if brought else _cluster(pool, config, lead, stages, summary)
-        if brought and lead.hard_rows == "aside" and pool.difficulty is not None:
-            prepared_pool = pool.with_arrays(aside=pool.aside | (pool.difficulty > 1.0))
+        if brought:
+            aside = rows_aside(np.asarray(pool.aside), pool.difficulty, str(lead.hard_rows))
+            prepared_pool = pool.with_arrays(aside=aside)
         summary["rows"] = len(prepared_pool)
         summary["rows_aside"] = int(prepared_pool.aside.sum())
         with atomic_path(folder / "pool") as temporary:

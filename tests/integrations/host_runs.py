@@ -147,3 +147,14 @@ class Watcher(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.events.append("save")
+
+
+class StopAfter(TrainerCallback):
+    """What an interruption leaves: a checkpoint after `step`, and nothing of what came later."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True

@@ -179,7 +179,7 @@ def test_rows_that_cannot_be_served_are_named_before_training(kind, tmp_path):
     from datasets import Dataset
 
     rows = [dict(row) for row in TokenRows().rows]
-    longer = 40 - len(rows[7]["input_ids"])
+    longer = 33 - len(rows[7]["input_ids"])
     if kind == "empty":
         rows[7] = {"input_ids": [], "labels": [], "attention_mask": []}
     else:
@@ -190,7 +190,7 @@ def test_rows_that_cannot_be_served_are_named_before_training(kind, tmp_path):
     model.config.max_position_embeddings = 32
     dataset, aside = Dataset.from_list(rows), np.arange(N) == 7
     if kind != "padded":  # padding goes
-        message = "a token, got none" if kind == "empty" else "at most 32 tokens: GPT2LMHeadModel has no more positions, got 40"
+        message = "a token, got none" if kind == "empty" else "at most 32 tokens: GPT2LMHeadModel has no more positions, got 33"
         with pytest.raises(ValueError, match=f"train_dataset: row 7 must have {message}"):
             lead_trainer(tmp_path, model, dataset=dataset)
     else:

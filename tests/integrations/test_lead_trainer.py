@@ -8,10 +8,12 @@ import re
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from host_runs import (
     CHOICE,
     FIVE_ROWS,
+    StopAfter,
     TokenRows,
     Watcher,
     alone,
@@ -285,6 +287,46 @@ class Masked(TokenRows):
     def __getitem__(self, row):
         entry = self.rows[row]
         return entry if row % 3 else entry | {"labels": [-100] * len(entry["input_ids"])}
+
+
+def test_samples_that_would_leak_run_one_by_one_in_a_host_too(tmp_path):
+    """By the attention that the model came with, when backward recomputes, too; after a step the host has its own again."""
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0, attention_dropout=0)
+    model = transformers.BloomForCausalLM(config)
+    own, watcher = model.config._attn_implementation, Watcher()
+    trainer = lead_trainer(tmp_path, model, callbacks=[watcher], max_steps=1, max_grad_norm=0.0, gradient_checkpointing=True)
+    assert trainer._packed.one_by_one
+    calls = watch(trainer.engine)
+    before = copy.deepcopy(model)
+    trainer.train()
+    rows = [row for call in calls if call[0] == "observe" for row in call[1]]
+    _, losses, gradients = alone(before, TokenRows(), rows)
+    assert [x for call in calls if call[0] == "observe" for x in call[2]] == pytest.approx(losses, rel=1e-5)
+    for name, gradient in watcher.gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-5)
+    assert model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_resumed_round_knows_its_rows_with_nothing_to_learn_from(stop, tmp_path):
+    """Of a round of such rows alone: nothing is wrong with it."""
+
+    class Barren(TokenRows):
+        def __getitem__(self, row):
+            return self.rows[row] | {"labels": [-100] * len(self.rows[row]["input_ids"])}
+
+    def run(callbacks=None):
+        return lead_trainer(
+            tmp_path, dataset=Barren(), callbacks=callbacks, gradient_accumulation_steps=1, save_strategy="steps",
+            save_steps=100, logging_strategy="steps", max_grad_norm=0.0,
+        )  # fmt: skip
+
+    run([StopAfter(stop)]).train()
+    resumed = run()
+    resumed.train(resume_from_checkpoint=True)
+    lines = [line for line in resumed.state.log_history if "lead/round" in line]
+    assert len(lines) > 3 and not any(line["lead/quarantined"] for line in lines)
 
 
 def test_rows_with_nothing_to_learn_from_are_chosen_once(tmp_path, caplog):

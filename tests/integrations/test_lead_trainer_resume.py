@@ -2,22 +2,11 @@
 
 import pytest
 import torch
-from host_runs import CHOICE, TokenRows, array_pool, lead_trainer, lora, tiny, words_tokenizer
+from host_runs import CHOICE, StopAfter, TokenRows, array_pool, lead_trainer, lora, tiny, words_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import DataCollatorForSeq2Seq, TrainerCallback
+from transformers import DataCollatorForSeq2Seq
 
 import lead_fast as lf
-
-
-class StopAfter(TrainerCallback):
-    """What an interruption leaves: a checkpoint after `step`, and nothing of what came later."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
 
 
 def trainer(folder, estimator, callbacks=None, **options):
