@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,8 +151,11 @@ def test_a_preparation_that_was_interrupted_goes_on_with_its_options(pool, tmp_p
     deadline = time.monotonic() + 120
     while not (out / "config.yaml").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+    time.sleep(1.0)  # into the pretraining, most likely; wherever it is, the same holds
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in error and "Traceback" not in error
+    assert not list(Path(os.environ["LEAD_FAST_CACHE"]).rglob("*.tmp"))
     if not out.exists():  # nothing had been made: the folder is free again
         return
     assert config_of(out)["seed"] == 5_000_000_000

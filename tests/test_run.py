@@ -3,10 +3,6 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -210,25 +206,6 @@ def test_wrong_options_are_named_and_leave_nothing_behind(options, message, pool
     assert main(["train", "--pool", str(pool), "--out", str(out), *OPTIONS, *options]) == 1
     assert message in capfd.readouterr().err
     assert not out.exists()
-
-
-def test_ctrl_c_ends_cleanly(pool, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "lead_fast.cli", "train", "--pool", str(pool), "--out", str(out), *OPTIONS]
-    # Another seed: this run pretrains its own model, so that there is something to interrupt.
-    process = subprocess.Popen(
-        [*command, "--seed", "5", "--pretrain-epochs", "200"], env=os.environ.copy(), stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    assert process.stderr is not None
-    while "pretraining" not in (read := process.stderr.read(1)) and time.monotonic() < deadline:
-        if read == "p" and process.stderr.read(10) == "retraining":
-            break
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in error and "Traceback" not in error
-    assert not list(Path(os.environ["LEAD_FAST_CACHE"]).rglob("*.tmp"))
 
 
 def test_yaml_numbers_without_a_point_are_numbers():

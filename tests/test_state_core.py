@@ -23,7 +23,7 @@ from state_core_cases import State, check, f32, run_core
 
 from lead_fast import _C
 
-examples = settings(deadline=None, max_examples=80)
+examples = settings(deadline=None, max_examples=60)
 states = st.builds(
     State, st.integers(0, 10**6), st.integers(1, 24), st.integers(1, 3), num_tasks=st.integers(1, 3), steps=st.integers(2, 9)
 )
