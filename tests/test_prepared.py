@@ -144,20 +144,17 @@ def test_a_budget_of_one_row_is_not_one_of_all(prepared, tmp_path, capfd):
 
 def test_a_preparation_that_was_interrupted_goes_on_with_its_options(pool, tmp_path):
     out = tmp_path / "run"
-    # A seed beyond 32 bits, of a model that is not pretrained yet: there is something to interrupt.
-    options = [*PREPARE, *TRAIN, "--seed", "5000000000", "--pretrain-epochs", "60"]
+    options = [*PREPARE, *TRAIN, "--seed", "5000000000"]  # beyond 32 bits
     command = [sys.executable, "-m", "lead_fast.cli", "train", "--out", str(out)]
     process = subprocess.Popen([*command, "--pool", str(pool), *options], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (out / "config.yaml").exists() and time.monotonic() < deadline:
+    while not (out / "prepared" / "date").exists() and time.monotonic() < deadline:  # then it warms up, and scores
         time.sleep(0.05)
-    time.sleep(1.0)  # into the pretraining, most likely; wherever it is, the same holds
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in error and "Traceback" not in error
+    assert not (out / "prepared" / "prepare.json").exists()
     assert not list(Path(os.environ["LEAD_FAST_CACHE"]).rglob("*.tmp"))
-    if not out.exists():  # nothing had been made: the folder is free again
-        return
     assert config_of(out)["seed"] == 5_000_000_000
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
