@@ -194,7 +194,7 @@ CASES: dict[str, tuple[str, Callable[[State], Arguments]]] = {
         lambda s: s.end_round(_EVERY, [3], drop=torch.from_numpy(s.g.normal(0.5, 1.0, NUM_ROWS).astype(np.float32))),
     ),
     "end of nothing": ("end_round", lambda s: s.end_round(_EVERY[:0], [0])),
-    "end before any step": ("end_round", lambda s: (*(a := s.end_round(_EVERY, [3]))[:14], torch.zeros_like(a[14]))),
+    "end before any step": ("end_round", lambda s: (*s.end_round(_EVERY, [3])[:14], _numbers(0.0, 1.5))),
 }
 for _place, _variant in enumerate(VARIANTS):
     CASES[f"update, {_variant}"] = ("exp3_update", lambda s, place=_place: _update(place))

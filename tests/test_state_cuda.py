@@ -122,6 +122,17 @@ def test_a_row_out_of_range_has_no_utility(machine):
     assert idu.isnan().tolist() == loss.isnan().tolist() == [False, True, True, True]
 
 
+# a round's end
+
+
+def test_a_round_of_more_rows_than_threads(machine):
+    state = State(num_rows=1300)
+    for seed in (7, 8):
+        torch.ops.lead_fast.observe(*state.observe(900, seed=seed))
+    rewards, summary, quarantined = check(machine, "end_round", state.end_round(torch.randperm(1300), [3, 1, -1]))
+    assert summary[0] > 600 and quarantined.any() and rewards.isnan().tolist() == [False, False, True]
+
+
 # rank
 
 
