@@ -138,7 +138,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "train", "fine-tune a model with LEAD: warm-up, difficulty, clusters, rounds, report", (TrainConfig, LeadConfig)
     )
     train.add_argument(
-        "--show-batch", action="store_true",
+        "--show-batch", action="store_true", default=argparse.SUPPRESS,
         help="print the first packed batch (samples, rows, position ids, tokens, which of them are supervised) and end",
     )  # fmt: skip
     audit = command("audit", "how far a run's predicted losses were from true ones: a table, audit.html, audit.json")
@@ -161,17 +161,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.exit(2, f"lead-fast {arguments.command}: error: unrecognized argument {unknown[0]}; {advice}\n")
 
 
-def _configs(arguments: argparse.Namespace, *configs: type) -> list[Any]:
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "config", "verbose", "show_batch")}
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line and its YAML file say, the command line first."""
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "config", "verbose")}
     options = (read_yaml(arguments.config) if arguments.config else {}) | given
-    if arguments.command == "train":
-        options.pop("show_batch", None)  # what is to be done, beside how
     for name in _PATHS & options.keys():
         if isinstance(options[name], str) and options[name].startswith("~"):  # which no shell has made a folder of
             options[name] = str(Path(options[name]).expanduser())
-    if arguments.command == "train":
-        options = (_began_with(options) if options.get("resume") else _prepared_with(options)) | options
-    return make_configs(options, *configs)
+    return options
+
+
+def _train_configs(options: dict[str, Any]) -> list[Any]:
+    """The configurations of `train`: what is left out is as in the run that goes on, or as the pool was prepared."""
+    options = (_began_with(options) if options.get("resume") else _prepared_with(options)) | options
+    return make_configs(options, TrainConfig, LeadConfig)
 
 
 def _prepared_with(options: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +183,7 @@ def _prepared_with(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: one that is given is another; it is named.
     """
-    file = Path(str(options.get("pool"))).expanduser() / "prepare.json"
+    file = Path(str(options.get("pool"))) / "prepare.json"
     if not file.exists():
         return {}
     made_by = json.loads(file.read_text()).get("options", {})
@@ -192,11 +195,11 @@ def _prepared_with(options: dict[str, Any]) -> dict[str, Any]:
                 f"{name}: {file.parent} was prepared with {value!r}, got {given!r}; leave --{name.replace('_', '-')} out, or "
                 "prepare it again"
             )
-    presets, preset = PRESETS, options.get("preset", "robust")
-    if preset in presets and "hard_rows" in made_by and presets[preset]["hard_rows"] != made_by["hard_rows"]:
+    preset = PRESETS.get(options.get("preset", "robust"), {})
+    if "hard_rows" in made_by and preset.get("hard_rows", made_by["hard_rows"]) != made_by["hard_rows"]:
         logger.warning(
-            "%s was prepared with hard_rows %r, and preset %s has %r: its rows stay as they are; prepare it again with "
-            "--preset %s", file.parent, made_by["hard_rows"], preset, presets[preset]["hard_rows"], preset,
+            "%s was prepared with hard_rows %r, and preset %s has %r: its rows stay as they are; prepare it again with that "
+            "preset", file.parent, made_by["hard_rows"], options.get("preset", "robust"), preset["hard_rows"],
         )  # fmt: skip
     return made_by
 
@@ -230,17 +233,17 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
                         train_tokens=arguments.train_tokens, overwrite=arguments.overwrite)  # fmt: skip
     from lead_fast.run import run_prepare, run_train
 
+    options = _options(arguments)
     if arguments.command == "prepare":
-        return run_prepare(*_configs(arguments, PrepareConfig, LeadConfig))
-    configured = read_yaml(arguments.config) if arguments.config else {}
-    if arguments.show_batch or configured.get("show_batch"):
+        return run_prepare(*make_configs(options, PrepareConfig, LeadConfig))
+    if options.pop("show_batch", False):
         from lead_fast.show import show_batch
 
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        text, summary = show_batch(*_configs(arguments, TrainConfig, LeadConfig), color=color)
+        text, summary = show_batch(*_train_configs(options), color=color)
         print(text)
         return summary
-    return run_train(*_configs(arguments, TrainConfig, LeadConfig))
+    return run_train(*_train_configs(options))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,10 +16,11 @@ import torch
 from lead_fast.config import LeadConfig, TrainConfig
 from lead_fast.engine import LeadEngine
 from lead_fast.files import write_json
+from lead_fast.heldout import heldout_scorer
 from lead_fast.offline.prepare import Prepared, encoded_rows
 from lead_fast.optimization import Optimization, make_accelerator
 from lead_fast.pool import Pool
-from lead_fast.run import heldout_scorer, utility_histogram
+from lead_fast.run import utility_histogram
 from lead_fast.trainer import run_rounds
 
 logger = logging.getLogger(__name__)

@@ -196,9 +196,7 @@ class LeadEngine:
             got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
             raise ValueError(f"LeadEngine.observe: `rows` must be an int64 tensor [S], got {got}")
         if samples is None:
-            raise ValueError(
-                "LeadEngine.observe: `samples` must be `linear_cross_entropy(...).samples` of stats='all', got None"
-            )
+            raise ValueError("LeadEngine.observe: `samples` must be those of a loss with stats='all', got None")
         loss, num_tokens, grad_norm_sq = samples.loss, samples.num_tokens, samples.grad_norm_sq
         if loss.shape != rows.shape:
             raise ValueError(f"LeadEngine.observe: `samples` must have {len(rows)} entries, one a row, got {list(loss.shape)}")

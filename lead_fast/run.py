@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,14 +17,15 @@ import numpy as np
 import torch
 
 from lead_fast.audit import AUDIT_FOLDER
-from lead_fast.auditor import Auditor, Scorer
+from lead_fast.auditor import Auditor
 from lead_fast.checkpoint import FOREIGN, Checkpoint, Checkpoints
 from lead_fast.config import LeadConfig, PrepareConfig, TrainConfig, to_yaml
 from lead_fast.doctor import made_with
 from lead_fast.engine import LeadEngine
 from lead_fast.files import atomic_path, remove_leftovers, write_json, write_jsonl, write_text
+from lead_fast.heldout import check_heldout, heldout_scorer, row_scorer
 from lead_fast.interrupts import StopSignals
-from lead_fast.loading import load_tokenizer, save_model
+from lead_fast.loading import save_model
 from lead_fast.metrics import TRAINING_PARTS, peak_mib, tracked, write_candidates
 from lead_fast.offline.prepare import (
     PREPARED_FILE,
@@ -37,14 +38,11 @@ from lead_fast.offline.prepare import (
 )
 from lead_fast.optimization import (
     Optimization,
-    TrainingError,
     check_trackers,
-    evaluate,
     finished_trackers,
     make_accelerator,
     start_trackers,
 )
-from lead_fast.packing import ChatEncoder, Sample
 from lead_fast.pool import Pool
 from lead_fast.ranks import Ranks
 from lead_fast.report import write_run_report
@@ -166,6 +164,8 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
             inputs = open_inputs(config)
         heldout = None if config.heldout is None else Pool.open(config.heldout)
         with failures_explained(checkpoints):
+            if ranks.is_first:  # before the longest part, so that --resume knows them
+                write_text(folder / CONFIG_FILE, to_yaml(config, lead.resolve()))
             return _train(inputs, heldout, config, lead, checkpoints, stop, start)
 
 
@@ -229,17 +229,14 @@ def _train(
     stop: StopSignals, start: float,
 ) -> dict[str, Any]:  # fmt: skip
     folder = checkpoints.folder.parent
-    options = to_yaml(config, lead.resolve())
     if isinstance(inputs, Prepared):
         # The kind of model decides the default learning rate.
         config = dataclasses.replace(config, model_config=inputs.summary["model_config"])
     check_heldout(heldout, inputs, config, lead.seed)
-    ranks = Ranks.started(make_accelerator(config).device)
-    if ranks.is_first:
-        write_text(folder / CONFIG_FILE, options)  # before the longest part, so that --resume knows them
     prepared = inputs if isinstance(inputs, Prepared) else prepare(inputs, config, lead, folder / "prepared")
     encoder = prepared.encoder(config)
     accelerator = make_accelerator(config)
+    ranks = Ranks.started(accelerator.device)
     engine = LeadEngine(prepared.pool, lead, accelerator.device, group=ranks.group)
     engine.record_candidates = config.log_utilities and ranks.is_first
     first_utility = engine.utility(engine.groups.choosable_rows()).cpu().numpy()
@@ -362,79 +359,6 @@ def _newest(checkpoints: Checkpoints, folder: Path) -> Checkpoint | None:
         for name in (UTILITIES, AUDIT_FOLDER):
             shutil.rmtree(folder / name, ignore_errors=True)
     return checkpoint
-
-
-def scored_rows(heldout: Pool, config: TrainConfig, seed: int) -> np.ndarray:
-    """The rows of the held-out set that are scored: all, or `heldout_rows` random ones."""
-    if not config.heldout_rows or len(heldout) <= config.heldout_rows:
-        return np.arange(len(heldout))
-    return np.sort(np.random.default_rng([seed, 3]).permutation(len(heldout))[: config.heldout_rows])
-
-
-def check_heldout(heldout: Pool | None, inputs: Prepared | Pool, config: TrainConfig, seed: int) -> None:
-    """Renders the held-out rows once, before hours of preparation.
-
-    Raises:
-        ValueError: one that the chat template refuses. A tokenizer that is yet to be trained has a template that refuses none.
-    """
-    if heldout is None or (isinstance(inputs, Pool) and config.model is None):
-        return
-    if isinstance(inputs, Prepared):
-        encoder = inputs.encoder(config)
-    else:
-        tokenizer = load_tokenizer(str(config.model), trust_remote_code=config.trust_remote_code)
-        encoder = ChatEncoder(tokenizer, config.max_length)
-    encoded_rows(encoder, heldout, scored_rows(heldout, config, seed), name="heldout")
-
-
-def heldout_scorer(
-    optimization: Optimization, encoder: ChatEncoder, heldout: Pool | None, config: TrainConfig, seed: int
-) -> Callable[[], dict[str, Any]] | None:
-    """A function that scores the held-out rows now: mean over samples and over tokens, and by source."""
-    if heldout is None:
-        return None
-    rows = scored_rows(heldout, config, seed)
-    samples: list[Sample] = encoded_rows(encoder, heldout, rows, name="heldout")
-    tokens = torch.tensor([float(s.supervised[1:].sum()) for s in samples])
-
-    def score() -> dict[str, Any]:
-        loss = evaluate(
-            optimization.packed, samples, pack_tokens=config.pack_tokens, device=optimization.device, desc="held-out",
-            ranks=optimization.ranks,
-        )  # fmt: skip
-        finite = torch.isfinite(loss)
-        if not finite.all():
-            first = heldout.id(int(rows[int((~finite).nonzero()[0])]))
-            logger.warning("%d of %d held-out rows have no finite loss, and count in no mean; the first is %r",
-                           int((~finite).sum()), len(loss), first)  # fmt: skip
-        if not finite.any():
-            raise TrainingError("no held-out row has a finite loss; look at the model, or use --precision fp32")
-        scores: dict[str, Any] = {
-            "heldout_loss": float(loss[finite].mean()),
-            "heldout_token_loss": float((loss * tokens)[finite].sum() / tokens[finite].sum()),
-        }
-        if heldout.sources is not None:
-            source = torch.from_numpy(heldout.sources[rows].astype(np.int64)).masked_fill(~finite, -1)
-            scores["by_source"] = {
-                name: float(loss[source == k].mean()) for k, name in enumerate(heldout.source_names) if (source == k).any()
-            }
-        return scores
-
-    return score
-
-
-def row_scorer(optimization: Optimization, encoder: ChatEncoder, pool: Pool, config: TrainConfig) -> Scorer:
-    """A function that scores rows of the pool now: each row's mean nll per supervised token, and the tokens that it took."""
-
-    def score(rows: Sequence[int]) -> tuple[torch.Tensor, int]:
-        samples: list[Sample] = encoded_rows(encoder, pool, rows)
-        loss = evaluate(
-            optimization.packed, samples, pack_tokens=config.pack_tokens, device=optimization.device, desc="audit",
-            ranks=optimization.ranks,
-        )  # fmt: skip
-        return loss, sum(map(len, samples))
-
-    return score
 
 
 def summarize(engine: LeadEngine, run: TrainingRun, prepared: Prepared, seconds: float) -> dict[str, Any]:

@@ -42,3 +42,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 @pytest.fixture(scope="session")
 def reference(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> References:
     return References(runs, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache for all runs of a file: their model is pretrained once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEAD_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -4,15 +4,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 import yaml
+from same_run import finished
 
 from lead_fast.cli import main
 from lead_fast.compare import METHODS, pool_for
@@ -29,12 +26,7 @@ PREPARE = ["--model-config", "tiny", "--pretrain-epochs", "1", "--max-length", "
 TRAIN = ["--budget", "12", "--min-rounds", "4", "--step-tokens", "512"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("LEAD_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 @pytest.fixture(scope="module")
@@ -142,23 +134,14 @@ def test_a_budget_of_one_row_is_not_one_of_all(prepared, tmp_path, capfd):
     assert "budget (began with 1.0, got 1)" in capfd.readouterr().err
 
 
-def test_a_preparation_that_was_interrupted_goes_on_with_its_options(pool, tmp_path):
+def test_a_preparation_that_was_killed_goes_on_with_its_options(pool, runs, tmp_path):
     out = tmp_path / "run"
     options = [*PREPARE, *TRAIN, "--seed", "5000000000"]  # beyond 32 bits
-    command = [sys.executable, "-m", "lead_fast.cli", "train", "--out", str(out)]
-    process = subprocess.Popen([*command, "--pool", str(pool), *options], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (out / "prepared" / "date").exists() and time.monotonic() < deadline:  # then it warms up, and scores
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted" in error and "Traceback" not in error
-    assert not (out / "prepared" / "prepare.json").exists()
-    assert not list(Path(os.environ["LEAD_FAST_CACHE"]).rglob("*.tmp"))
-    assert config_of(out)["seed"] == 5_000_000_000
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert config_of(out)["seed"] == 5_000_000_000 and json.loads(done.stdout.splitlines()[-1])["rows"] == 12
+    run = runs.start(["train", "--out", str(out), "--pool", str(pool), *options], hold=["replace", "scores", 1])
+    assert run.wait_until_held() and run.kill() == -signal.SIGKILL
+    assert config_of(out)["seed"] == 5_000_000_000 and not (out / "prepared" / "prepare.json").exists()
+    finished(runs.start(["train", "--out", str(out), "--resume"]))
+    assert config_of(out)["seed"] == 5_000_000_000 and len(read_jsonl(out / "selected.jsonl")) == 12
 
 
 def test_a_run_that_never_began_leaves_its_folder_free(pool, tmp_path, capfd):

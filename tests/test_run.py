@@ -23,13 +23,7 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """One cache for all runs here: the model is pretrained once."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("LEAD_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 @pytest.fixture(scope="module")

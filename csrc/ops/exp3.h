@@ -61,12 +61,10 @@ inline void check_values(const Exp3Draw& args) {
   check_probabilities("exp3_draw", "uniforms", args.uniforms, args.num_draws);
 }
 
-inline Exp3Update check_exp3_update(const Array& log_w, const Array& mask, const Array& arms, const Array& rewards,
-                                    const Array& probs, double gamma, std::int64_t variant, double share) {
-  const Arguments check("exp3_update", log_w);
-  Exp3Update args{};
-  args.log_w = check.input<double>("log_w", log_w, {"K"});
-  args.num_arms = log_w.shape[0];
+// What both operators that take rewards are told of them; `args` knows its number of arms.
+template <class Args>
+void check_rewards(const Arguments& check, const Array& mask, const Array& arms, const Array& rewards,
+                   const Array& probs, double gamma, double share, Args& args) {
   args.mask = check.input<bool>("mask", mask, {args.num_arms});
   args.arms = check.input<std::int64_t>("arms", arms, {"m"});
   args.num_draws = arms.shape[0];
@@ -74,9 +72,18 @@ inline Exp3Update check_exp3_update(const Array& log_w, const Array& mask, const
   args.probs = check.input<double>("probs", probs, {args.num_draws});
   check.require(gamma >= 0.0 && gamma <= 1.0, "gamma", "in [0, 1]", gamma);
   check.require(share >= 0.0 && share <= 1.0, "share", "in [0, 1]", share);
-  check.require(variant >= 0, "variant", "at least 0", variant);
   args.gamma = gamma;
   args.share = share;
+}
+
+inline Exp3Update check_exp3_update(const Array& log_w, const Array& mask, const Array& arms, const Array& rewards,
+                                    const Array& probs, double gamma, std::int64_t variant, double share) {
+  const Arguments check("exp3_update", log_w);
+  Exp3Update args{};
+  args.log_w = check.input<double>("log_w", log_w, {"K"});
+  args.num_arms = log_w.shape[0];
+  check.require(variant >= 0, "variant", "at least 0", variant);
+  check_rewards(check, mask, arms, rewards, probs, gamma, share, args);
   args.variant = variant;
   return args;
 }
@@ -120,16 +127,8 @@ inline BanditUpdate check_bandit_update(const Array& log_w, const Array& scale, 
   args.scale = check.inout<double>("scale", scale, {3});
   args.counts = check.inout<double>("counts", counts, {args.num_arms});
   args.sums = check.inout<double>("sums", sums, {args.num_arms});
-  args.mask = check.input<bool>("mask", mask, {args.num_arms});
-  args.arms = check.input<std::int64_t>("arms", arms, {"m"});
-  args.num_draws = arms.shape[0];
-  args.rewards = check.input<double>("rewards", rewards, {args.num_draws});
-  args.probs = check.input<double>("probs", probs, {args.num_draws});
-  check.require(gamma >= 0.0 && gamma <= 1.0, "gamma", "in [0, 1]", gamma);
-  check.require(share >= 0.0 && share <= 1.0, "share", "in [0, 1]", share);
   check.require(variant >= 0 && variant <= kGreedy, "variant", "in [0, 4]", variant);
-  args.gamma = gamma;
-  args.share = share;
+  check_rewards(check, mask, arms, rewards, probs, gamma, share, args);
   args.variant = variant;
   return args;
 }

@@ -6,24 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from host_runs import CHOICE, Watcher, lead_trainer, lora, tiny, words_tokenizer
+from host_runs import CHOICE, StopAfter, Watcher, lead_trainer, lora, tiny, words_tokenizer
 from sharding import free_port, launch
-from transformers import TrainerCallback
 
 import lead_fast as lf
 
 OPTIONS = dict(gradient_accumulation_steps=1, logging_strategy="steps", logging_steps=1)
-
-
-class StopAt(TrainerCallback):
-    """Saves after a step, and stops there."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
 
 
 def trained(trainer, watcher, **options):
@@ -80,7 +68,7 @@ def rank_main(rank, world, port, folder, kind, interrupted):
     options = {}
     if interrupted:
         first, watcher = make(kind, folder)
-        first.add_callback(StopAt(interrupted))
+        first.add_callback(StopAfter(interrupted))
         trained(first, watcher)
         options = {"resume_from_checkpoint": str(Path(folder) / f"checkpoint-{interrupted}")}
     trainer, watcher = make(kind, folder)
