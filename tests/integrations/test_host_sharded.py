@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import transformers.trainer
-from host_runs import CHOICE, TokenRows, Watcher, arguments, array_pool, lora, tiny
+from host_runs import CHOICE, StopAfter, TokenRows, Watcher, arguments, array_pool, lora, tiny
 from sharding import free_port, launch, tell_fsdp2, tell_zero
-from test_host_processes import StopAt, trained
+from test_host_processes import trained
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -77,7 +77,7 @@ def rank_main(rank, port, folder, kind, tuning, interrupted):
     options, resume = sharded_by(kind, rank) | {"gradient_accumulation_steps": 1}, {}
     if interrupted:
         first, watcher = make(folder, tuning, **options)
-        first.add_callback(StopAt(interrupted))
+        first.add_callback(StopAfter(interrupted))
         trained(first, watcher)
         resume = {"resume_from_checkpoint": str(Path(folder) / f"checkpoint-{interrupted}")}
     trainer, watcher = make(folder, tuning, **options)
