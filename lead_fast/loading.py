@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import no_init_weights
 
 from lead_fast.attention import PACKED_ATTENTION
-from lead_fast.models import body_of, causal_lm_of, head_of, text_decoder
+from lead_fast.models import body_of, causal_lm_of, head_of, text_decoder, transformers_attention
 from lead_fast.ranks import Ranks
 from lead_fast.shards import are_sharded, whole_on_first
 
@@ -226,7 +226,9 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | No
     folder.mkdir(parents=True, exist_ok=True)
     causal = causal_lm_of(model)
     implementation = causal.config._attn_implementation
-    causal.set_attn_implementation("sdpa")  # what is loaded elsewhere must not name this package's attention
+    causal.set_attn_implementation(
+        transformers_attention(causal)
+    )  # what is loaded elsewhere must not name this package's attention
     try:
         model.save_pretrained(str(folder), **({"state_dict": whole} if whole else {}))
         tokenizer.save_pretrained(str(folder))
