@@ -23,12 +23,16 @@ OPTIONS = [
 ]  # fmt: skip
 RUNS = {
     "softcap": ("gemma2", {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 20.0, "sliding_window": 8}, []),
-    "experts": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "output_router_logits": True}, ["--tuning", "full"]),
+    "experts": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "output_router_logits": True},
+        ["--tuning", "full"],
+    ),
     "checkpointing": ("gpt2", {}, ["--gradient-checkpointing"]),
     "compiled": ("llama", {}, ["--compile"]),
     "compiled-checkpointing": ("qwen2", {}, ["--compile", "--gradient-checkpointing", "--tuning", "full"]),
     "one-by-one": ("bloom", {}, []),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
