@@ -81,6 +81,14 @@ def step(
     counters: NDArray[np.int64],
     unit: NDArray[np.float64],
 ) -> None: ...
+def step_by_numbers(
+    lr: float,
+    num_items: float,
+    arms: NDArray[np.int64],
+    clock: NDArray[np.float64],
+    counters: NDArray[np.int64],
+    unit: NDArray[np.float64],
+) -> None: ...
 def grad_norm_coefficients(
     clock: NDArray[np.float64],
     counters: NDArray[np.int64],

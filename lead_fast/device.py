@@ -47,7 +47,34 @@ def scattered(tensor: Tensor) -> Tensor:
     return scattered_zeros(*tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-_WORDS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+class Parcel:
+    """Copies of tensors of one device, of any shapes and dtypes, in one buffer: what moves it moves them all at once."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        dtypes = {t.dtype for t in tensors}
+        # Bytes, but for tensors of one dtype: each call counts, and theirs needs no view. The widest come first, so that
+        # each part begins where numbers of its width may.
+        self._order, unit = list(range(len(tensors))), torch.uint8
+        if len(dtypes) == 1:
+            (unit,) = dtypes
+        else:
+            self._order.sort(key=lambda i: -tensors[i].itemsize)
+        self._kinds = [(t.dtype, t.shape, t.numel() * (t.itemsize if unit == torch.uint8 else 1)) for t in tensors]
+        flat = [t if t.dim() == 1 else t.reshape(-1) for t in (tensors[i] for i in self._order)]
+        parts = [t if t.dtype == unit else t.view(unit) for t in flat]
+        self.buffer = torch.cat(parts) if parts else torch.empty(0, dtype=unit)
+
+    def opened(self, moved: Tensor | None = None) -> list[Tensor]:
+        """The tensors, as views of the buffer, or of `moved`, a copy of it somewhere else."""
+        tensors, start = [torch.empty(0)] * len(self._kinds), 0
+        moved = self.buffer if moved is None else moved
+        for i in self._order:
+            dtype, shape, size = self._kinds[i]
+            part = moved[start : start + size]
+            part = part if part.dtype == dtype else part.view(dtype)
+            tensors[i] = part if len(shape) == 1 else part.view(shape)
+            start += size
+        return tensors
 
 
 def copy_to_host(*tensors: Tensor) -> list[Tensor]:
@@ -55,16 +82,14 @@ def copy_to_host(*tensors: Tensor) -> list[Tensor]:
     away = [t for t in tensors if t.device.type != "cpu"]
     if not away:
         return list(tensors)
-    copies = iter(from_words(as_words(away).cpu(), away))
+    parcel = Parcel(away)
+    copies = iter(parcel.opened(parcel.buffer.cpu()))
     return [t if t.device.type == "cpu" else next(copies) for t in tensors]
 
 
-def as_words(tensors: Sequence[Tensor]) -> Tensor:
-    """All of them, of any shape, as int64 words in a row; floating point numbers by their bits."""
-    return torch.cat([t.reshape(-1).view(_WORDS.get(t.dtype, t.dtype)).long() for t in tensors])
-
-
-def from_words(words: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """What `as_words` of tensors of the shapes and dtypes of `like` has put in a row."""
-    parts = words.split([t.numel() for t in like])
-    return [p.to(_WORDS.get(t.dtype, t.dtype)).view(t.dtype).view(t.shape) for p, t in zip(parts, like, strict=True)]
+def copy_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the CPU on `device`, by one copy through pinned memory that nothing waits for."""
+    if device.type == "cpu":
+        return list(tensors)
+    parcel = Parcel(tensors)
+    return parcel.opened(to_device(parcel.buffer, device))

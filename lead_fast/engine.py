@@ -23,22 +23,15 @@ from torch.distributed import ProcessGroup
 import lead_fast.first_order  # noqa: F401  registers an estimator by name
 from lead_fast.bandit import Bandit
 from lead_fast.config import LeadConfig
-from lead_fast.device import copy_to_host, to_device, to_fp32
+from lead_fast.device import copy_to_device, copy_to_host, to_device, to_fp32
 from lead_fast.estimators import keeps_grad_norm
 from lead_fast.files import write_jsonl
 from lead_fast.pool import Pool
 from lead_fast.ranks import Observation, Shards, observations_of
-from lead_fast.reference_state import (
-    CHOOSE,
-    STREAM_ARM,
-    STREAM_FIRST,
-    STREAM_ROWS,
-    STREAM_SHUFFLE,
-    STREAM_TASKS,
-)
+from lead_fast.reference_state import CHOOSE, STREAM_ARM, STREAM_FIRST, STREAM_ROWS, STREAM_TASKS
 from lead_fast.rng import philox_uniform
 from lead_fast.rounds import OpenRound, Round, RoundReport, SampleStatistics
-from lead_fast.selection import Candidates, Groups, candidate_positions, cut_to_budget, rows_aside
+from lead_fast.selection import Candidates, Groups, arranged, candidate_positions, rows_aside
 from lead_fast.utility import (
     Clocks,
     LossChangeEstimator,
@@ -54,7 +47,7 @@ from lead_fast.visits import begin_record
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 
 
 class LeadEngine:
@@ -119,6 +112,7 @@ class LeadEngine:
         self.record_candidates, self.record_visits = False, False
         self.history: list[tuple[int, Tensor, Tensor]] = []  # (round, rows, utility at choice) of every round
         self._shards = None if group is None else Shards(group)
+        self._draws = torch.arange(max(1, self.config.arms_per_round), device=self.device)
         self._round: Round | None = None
         self._weights: WeightChange | None = None
         sizes = self.groups.arm_sizes
@@ -245,7 +239,7 @@ class LeadEngine:
             estimator.calibrate(clocks)
         self._round = None
         return RoundReport(
-            rnd, rewards=rewards, scaled=scaled, log_weights=self.bandit.log_w.clone(), summary=summary,
+            rnd, rewards=rewards, scaled=scaled, log_weights=self.bandit.log_w, summary=summary,
             quarantined=quarantined, estimator=self.estimator, snapshot=self.estimator.snapshot(clocks),
             visits=visits if self.record_visits else None, paired=self._paired,
         )  # fmt: skip
@@ -305,7 +299,7 @@ class LeadEngine:
         if step != steps:  # of a round that went on since
             now, clocks.num_steps = torch.full((1,), step, device=self.device), step
         # Recorded first: a hook may learn from what is then no prediction any more.
-        record = begin_record(table, clocks, self._others, rows, loss) if self.record_visits else None
+        record = begin_record(table, clocks, self._others, rows) if self.record_visits else None
         if self._hooked:
             show(self._hooked, table, clocks, rows, loss, num_tokens)
         try:
@@ -332,7 +326,7 @@ class LeadEngine:
         num_draws = config.arms_per_round
         if num_draws > 1:
             num_draws = max(1, min(num_draws, int(mask.sum())))  # how many arms share a round decides its size
-        uniforms = philox_uniform(config.seed, STREAM_ARM, number, torch.arange(num_draws, device=self.device))
+        uniforms = philox_uniform(config.seed, STREAM_ARM, number, self._draws[:num_draws])
         if forced is None:
             arms, arm_probs, probs = self.bandit.draw(mask, uniforms)
         else:
@@ -355,30 +349,27 @@ class LeadEngine:
             )
             for i in range(num_draws)
         ]  # fmt: skip
-        tasks = philox_uniform(config.seed, STREAM_TASKS, number, arms)
-        host = copy_to_host(arms, probs, uniforms, tasks, *(column for columns in chosen for column in columns))
+        host = copy_to_host(arms, probs, uniforms, *(column for columns in chosen for column in columns))
         drawn = [i for i, arm in enumerate(host[0].tolist()) if arm >= 0]
-        columns = [host[4 + 3 * i : 7 + 3 * i] for i in drawn]
-        rows, idu, uses = (torch.cat([c[j][c[0] >= 0] for c in columns] or [host[4 + j][:0]]) for j in range(3))
-        if not len(rows):
+        columns = [host[3 + 3 * i : 6 + 3 * i] for i in drawn]
+        if not any(len(rows) and int(rows[0]) >= 0 for rows, _, _ in columns):
             return False
-        chosen_rows = set(rows.tolist()) if candidates else set()
-        rows, idu, uses = cut_to_budget(rows, idu, uses, self.budget - self.num_used)
-        order = philox_uniform(config.seed, STREAM_SHUFFLE, number, rows).argsort(stable=True)
-        rows, idu, uses = rows[order], idu[order], uses[order]
+        if candidates:
+            taken = {row for rows, _, _ in columns for row in rows.tolist()}
+            candidates = [c.marked(taken) for c in candidates]
+        rows, idu, num_new = arranged(columns, self.budget - self.num_used, config.seed, number)
+        tasks = philox_uniform(config.seed, STREAM_TASKS, number, host[0])
 
-        self.num_used += int((uses == 0).sum())
+        self.num_used += num_new
         self.num_rounds = number
         self._round = Round(
             number=number, arms=[int(host[0][i]) for i in drawn], rows=rows, utility=idu, probs=host[1],
             uniforms=[] if forced is not None else [float(host[2][i]) for i in drawn], forced=forced is not None,
-            task_uniforms=[float(host[3][i]) for i in drawn],
-            candidates=[c.marked(chosen_rows) for c in candidates],
+            task_uniforms=[float(tasks[i]) for i in drawn], candidates=candidates,
         )  # fmt: skip
-        on_device = to_device(rows, self.device)
+        on_device, begin_idu = copy_to_device([rows, idu], self.device)
         begin_weights = None if self._weights is None else self._weights.snapshot()
-        begin_idu, first_step = to_device(idu, self.device), self.clocks.num_steps
-        self._at = OpenRound(on_device, begin_idu, arms, arm_probs, mask, first_step, begin_weights, [])
+        self._at = OpenRound(on_device, begin_idu, arms, arm_probs, mask, self.clocks.num_steps, begin_weights, [])
         table.choose(on_device, config.max_uses)
         self.history.append((number, rows, idu))
         return True

@@ -151,7 +151,7 @@ class GradNorm(LossChangeEstimator):
         torch.ops.lead_fast.calibrate(self.pairs, self.totals, self.fit, self.PRIOR_PAIRS, float(self.MIN_PAIRS))
 
     def snapshot(self, clocks: Clocks) -> dict[str, Tensor]:
-        return {"fit": self.fit[0].clone(), "totals": self.totals.clone(), "round_lr": clocks.unit[ROUND_LR].clone()}
+        return {"fit": self.fit[0], "totals": self.totals, "round_lr": clocks.unit[ROUND_LR]}
 
     def describe(self, snapshot: dict[str, Tensor]) -> dict[str, Any]:
         """c, d, e, c_k, kappa; d and e in nats per round at peak learning rate."""

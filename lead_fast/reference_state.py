@@ -50,7 +50,8 @@ LR, NUM_ITEMS, LR_SUM, ARM_LR_SUM = range(4)
 PEAK_LR, ROUND_LR = range(2)
 REVISITS, ALL_PAIRS, ERRORS = range(3)
 KAPPA, SLOPE_C, OWN_D, OTHER_E, ARM_OFFSETS = range(5)
-BEFORE_ROW, BEFORE_ARM, BEFORE_ROUND, BEFORE_LOSS, BEFORE_DROP = range(5)
+BEFORE_ROW, BEFORE_ARM, BEFORE_ROUND, BEFORE_LOSS, BEFORE_DROP, BEFORE_OBSERVED = range(6)
+BEFORE_WIDTH = 6
 CHOOSE = {"topk": 0, "softmax": 1, "random": 2}
 
 # Streams of the counter-based generator: each draw is philox(seed, stream, round, counter), so a resumed run, or a reader
@@ -79,9 +80,9 @@ def observe(
         now: int64 [1], optimizer steps completed at the observation; None: up to now.
         pairs, totals, fit: of grad_norm, or None for other estimators.
         num_choosable: positions from here on are set aside.
-        before: fp64 [5, S], gets what stood of each sample's row before the table takes it: BEFORE_ROW, -1 where it is not
+        before: fp64 [6, S], gets what stood of each sample's row before the table takes it: BEFORE_ROW, -1 where it is not
             taken; BEFORE_ARM; BEFORE_ROUND, of its last visit; BEFORE_LOSS, when last seen; BEFORE_DROP, the fall since then
-            that grad_norm's fit in use predicts, 0 without `pairs`.
+            that grad_norm's fit in use predicts, 0 without `pairs`; and beside it BEFORE_OBSERVED, the loss that it takes.
 
     No host synchronisation on a GPU; the result does not depend on the order in which a device executes writes.
     """
@@ -100,7 +101,9 @@ def observe(
     valid = usable & last_occurrence(torch.where(usable, rows, -1))
 
     if before is not None:
-        _record(before, rows, torch.where(valid, at, num_rows), now, valid, arm, values, seen, clock, unit, fit, adam_beta1)
+        _record(
+            before, rows, loss, torch.where(valid, at, num_rows), now, valid, arm, values, seen, clock, unit, fit, adam_beta1
+        )
     if pairs is not None:
         assert totals is not None and fit is not None
         _add_pairs(torch.where(valid, at, num_rows), loss, now, valid, arm, values, seen, clock, unit, fit, adam_beta1,
@@ -141,8 +144,8 @@ def _since(step: Tensor, arm: Tensor, now: Tensor, clock: Tensor, unit: Tensor, 
 
 
 def _record(
-    before: Tensor, rows: Tensor, at: Tensor, now: Tensor, valid: Tensor, arm: Tensor, values: Tensor, seen: Tensor,
-    clock: Tensor, unit: Tensor, fit: Tensor | None, adam_beta1: float,
+    before: Tensor, rows: Tensor, loss: Tensor, at: Tensor, now: Tensor, valid: Tensor, arm: Tensor, values: Tensor,
+    seen: Tensor, clock: Tensor, unit: Tensor, fit: Tensor | None, adam_beta1: float,
 ) -> None:  # fmt: skip
     k, drop = arm[at.clamp_max(len(arm) - 1)].long(), torch.zeros_like(before[BEFORE_DROP])
     if fit is not None:
@@ -151,7 +154,8 @@ def _record(
         slope = (fit[0, SLOPE_C] + fit[0, ARM_OFFSETS:][k]) * rate * torch.exp(-fit[0, KAPPA] * tau)
         drop = slope * values[PROXY, at].double() + fit[0, OWN_D] * own + fit[0, OTHER_E] * other
     before[BEFORE_ROW] = torch.where(valid, rows, -1).double()
-    stood = {BEFORE_ARM: k, BEFORE_ROUND: seen[ROUND, at], BEFORE_LOSS: values[LOSS, at], BEFORE_DROP: drop}
+    stood = {BEFORE_ARM: k, BEFORE_ROUND: seen[ROUND, at], BEFORE_LOSS: values[LOSS, at], BEFORE_DROP: drop,
+             BEFORE_OBSERVED: loss}  # fmt: skip
     for number, column in stood.items():
         before[number] = torch.where(valid, column, 0).double()
 
@@ -194,6 +198,14 @@ def step(lr: Tensor, num_items: Tensor, arms: Tensor, clock: Tensor, counters: T
     clock[s + 1, ARM_LR_SUM:] = sums
     counters[NUM_STEPS] += 1
     unit[PEAK_LR] = torch.maximum(unit[PEAK_LR], lr)
+
+
+def step_by_numbers(
+    lr: float, num_items: float, arms: Tensor, clock: Tensor, counters: Tensor, unit: Tensor
+) -> None:  # fmt: skip
+    """`step` of numbers that the host knows: on a device they are arguments of its kernel."""
+    lr_there, num_items_there = (torch.full((), x, dtype=torch.float64, device=clock.device) for x in (lr, num_items))
+    step(lr_there, num_items_there, arms, clock, counters, unit)
 
 
 def grad_norm_coefficients(

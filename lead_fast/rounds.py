@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lead_fast.device import copy_to_host
+from lead_fast.device import Parcel
 from lead_fast.selection import Candidates
 from lead_fast.utility import LossChangeEstimator
 from lead_fast.visits import Record, Visits, collect
@@ -98,7 +98,7 @@ class OpenRound(NamedTuple):
 
 
 class RoundReport:
-    """What a round did. Tensors stay on the device until a property is read; the first one brings all but the visits."""
+    """What a round did. Copies of its tensors stay on the device until a property is read, which brings them all at once."""
 
     def __init__(self, rnd: Round, *, rewards: Tensor, scaled: Tensor, log_weights: Tensor, summary: Tensor,
                  quarantined: Tensor, estimator: LossChangeEstimator, snapshot: dict[str, Tensor],
@@ -106,16 +106,27 @@ class RoundReport:
         self._rows, self._num_arms = rnd.rows, len(rnd.arms)
         self.number, self.arm, self.arms = rnd.number, rnd.arm, rnd.arms
         self.probs, self.uniforms, self.forced = rnd.probs, rnd.uniforms, rnd.forced
-        self._on_device = {"rewards": rewards, "scaled": scaled, "log_weights": log_weights, "summary": summary,
-                           "quarantined": quarantined}  # fmt: skip
-        self._estimator, self._snapshot, self._visits, self._paired = estimator, snapshot, visits, paired
+        named = {
+            "rewards": rewards,
+            "scaled": scaled,
+            "log_weights": log_weights,
+            "summary": summary,
+            "quarantined": quarantined.double(),
+        }  # fmt: skip  as all the others are
+        self._names, self._of_snapshot = [*named, *snapshot], list(snapshot)
+        self._of_visits = None if visits is None else [list(record) for record in visits]
+        columns = [column for record in visits or [] for column in record.values()]
+        tensors = (*named.values(), *snapshot.values(), *columns)
+        # A custom estimator may keep numbers on the CPU.
+        self._parcel = Parcel([t if t.device == rewards.device else t.to(rewards.device) for t in tensors])
+        self._estimator, self._paired = estimator, paired
 
     @cached_property
-    def _host(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What stayed on the device, and the estimator's snapshot, by one copy."""
-        mine, snapshot = self._on_device, self._snapshot
-        values = copy_to_host(*mine.values(), *snapshot.values())
-        return dict(zip(mine, values, strict=False)), dict(zip(snapshot, values[len(mine) :], strict=True))
+    def _host(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """What stayed on the device by name, and the columns of the visits."""
+        values = self._parcel.opened(self._parcel.buffer.cpu())
+        count = len(self._names)
+        return dict(zip(self._names, values[:count], strict=True)), values[count:]
 
     @cached_property
     def rewards(self) -> list[float]:
@@ -150,7 +161,7 @@ class RoundReport:
     @cached_property
     def quarantined(self) -> list[int]:
         """Rows of the round whose loss was not finite: never chosen again."""
-        return self._rows[self._host[0]["quarantined"]].tolist()
+        return self._rows[self._host[0]["quarantined"] > 0.0].tolist()
 
     @property
     def num_quarantined(self) -> int:
@@ -160,7 +171,7 @@ class RoundReport:
     @cached_property
     def calibration(self) -> dict[str, Any]:
         """What the estimator learned so far: its coefficients, the pairs they come from, what still has its prior."""
-        return self._estimator.describe(self._host[1])
+        return self._estimator.describe({name: self._host[0][name] for name in self._of_snapshot})
 
     @cached_property
     def visits(self) -> Visits | None:
@@ -169,7 +180,10 @@ class RoundReport:
         Columns [n] on the CPU: row int64; arm int16; seen_round int32, of the row's visit before, 0 for its first;
         fp32 seen_loss, when last seen or the first utility; predicted.NAME, by each estimator, not cut at 0; observed.
         """
-        return None if self._visits is None else collect(self._visits, self._paired)
+        if self._of_visits is None:
+            return None
+        columns = iter(self._host[1])
+        return collect([{name: next(columns) for name in names} for names in self._of_visits], self._paired)
 
     def __repr__(self) -> str:
         return f"RoundReport(number={self.number}, arm={self.arm}, reward={self.reward:.4g}, num_samples={self.num_samples})"

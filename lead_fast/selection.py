@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lead_fast.device import scattered
-from lead_fast.reference_state import USES, available_positions
+from lead_fast.reference_state import STREAM_SHUFFLE, USES, available_positions
+from lead_fast.rng import philox_uniform
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Groups:
         bounds = np.searchsorted(present // max(len(tasks), 1), np.arange(num_arms + 1))
         self._arm_groups = [slice(lo, hi) for lo, hi in pairwise(bounds.tolist())]
         self._offsets = np.append(0, np.cumsum(self.group_sizes)).astype(np.int64)
+        self._most_chosen: dict[tuple[float, int], int] = {}  # rounds ask again and again
         self.arm_sizes = np.array([self.group_sizes[s].sum() for s in self._arm_groups], np.int64)
         self.rows, self.position = torch.from_numpy(order).to(device), scattered(torch.from_numpy(position).to(device))
         self.arm = scattered(torch.from_numpy(arm.astype(np.int16)[order]).to(device))
@@ -100,9 +102,12 @@ class Groups:
 
     def most_chosen(self, rate: float, cap: int) -> int:
         """Rows that `rank` can choose at most from any one arm, at `rate` under `cap` (-1: none)."""
+        if (known := self._most_chosen.get((rate, cap))) is not None:
+            return known
         quotas = np.minimum(np.maximum(np.ceil(rate * self.group_sizes - 1e-9), 1), self.group_sizes).astype(np.int64)
         most = max(int(quotas[groups].sum()) for groups in self._arm_groups)
-        return most if cap < 0 else min(most, cap)
+        self._most_chosen[rate, cap] = most = most if cap < 0 else min(most, cap)
+        return most
 
 
 @dataclass(frozen=True)
@@ -132,13 +137,35 @@ def candidate_positions(groups: Groups, flags: Tensor, arm: int, max_uses: int) 
     return at, torch.from_numpy(groups.arm_tasks(arm))[group.cpu()], flags[USES, at].long()
 
 
-def cut_to_budget(rows: Tensor, utility: Tensor, uses: Tensor, left: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Chosen rows, [n] on the CPU, in ascending order; of those never used before at most `left`, lowest utility cut first."""
-    rows, order = rows.sort()  # ties go to the lower row, whatever its task
-    utility, uses = utility[order], uses[order]
+def arranged(chosen: Sequence[Sequence[Tensor]], left: int, seed: int, number: int) -> tuple[Tensor, Tensor, int]:
+    """The rows of round `number`, in its seeded shuffle.
+
+    Args:
+        chosen: of each arm drawn rows int64, utility fp32 and earlier uses uint8, as `rank` gives them, on the CPU.
+        left: how many rows that were never used before it may take, see `cut_to_budget`.
+        seed: of the run.
+
+    Returns:
+        Rows int64 [n], their utility fp32 [n], and how many of them are new. By NumPy: a round has few rows, and a call of
+        torch's costs more than they do.
+    """
+    rows, utility, uses = (np.concatenate([columns[j].numpy() for columns in chosen]) for j in range(3))
+    there = rows >= 0
+    rows, utility, uses = cut_to_budget(rows[there], utility[there], uses[there], left)
+    place = philox_uniform(seed, STREAM_SHUFFLE, number, torch.from_numpy(rows)).numpy()
+    order = np.lexsort((rows, place))
+    return torch.from_numpy(rows[order]), torch.from_numpy(utility[order]), int(np.count_nonzero(uses == 0))
+
+
+def cut_to_budget(
+    rows: np.ndarray, utility: np.ndarray, uses: np.ndarray, left: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the chosen rows never used before at most `left`, lowest utility cut first, of equal ones the higher row."""
     new = uses == 0
-    if int(new.sum()) > left:
-        order = torch.argsort(torch.where(new, utility, torch.inf), descending=True, stable=True)
-        kept = order[: int((~new).sum()) + left].sort().values
-        rows, utility, uses = rows[kept], utility[kept], uses[kept]
-    return rows, utility, uses
+    if (excess := int(np.count_nonzero(new)) - left) <= 0:
+        return rows, utility, uses
+    among = np.flatnonzero(new)
+    worst = among[np.lexsort((-rows[among], utility[among]))[:excess]]
+    kept = np.ones(len(rows), dtype=bool)
+    kept[worst] = False
+    return rows[kept], utility[kept], uses[kept]

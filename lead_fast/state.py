@@ -22,6 +22,7 @@ SCHEMAS = {
     f"{_TABLE}, Tensor(d!) left, Tensor(e!) counters, Tensor clock, Tensor unit, Tensor(f!)? pairs, Tensor(g!)? totals, "
     "Tensor? fit, float adam_beta1, int max_uses, int num_choosable, Tensor(h!)? before=None) -> ()",
     "step": "(Tensor lr, Tensor num_items, Tensor arms, Tensor(a!) clock, Tensor(b!) counters, Tensor(c!) unit) -> ()",
+    "step_by_numbers": "(float lr, float num_items, Tensor arms, Tensor(a!) clock, Tensor(b!) counters, Tensor(c!) unit) -> ()",
     "grad_norm_coefficients": "(Tensor clock, Tensor counters, Tensor unit, Tensor fit, float adam_beta1, int num_steps) "
     "-> Tensor",
     "utility": "(Tensor rows, Tensor position, Tensor arm, Tensor values, Tensor seen, Tensor coefficients, bool by_round, "
@@ -97,6 +98,7 @@ def _fake_end_round(
 _FAKES: dict[str, Callable[..., Any]] = {
     "observe": _fake_nothing,
     "step": _fake_nothing,
+    "step_by_numbers": _fake_nothing,
     "grad_norm_coefficients": _fake_coefficients,
     "utility": _fake_utility,
     "calibrate": _fake_nothing,

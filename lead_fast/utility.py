@@ -106,13 +106,17 @@ class Clocks:
         clock[:, NUM_ITEMS] = 1.0
         return clock
 
-    def step(self, lr: float, num_items: float | Tensor, arms: Tensor) -> None:
+    def step(self, lr: float | Tensor, num_items: float | Tensor, arms: Tensor) -> None:
         """Advances by one optimizer step whose samples came from `arms`, int64 [A] on the device, in equal parts."""
         if self.num_steps + 1 >= len(self.clock):
             clock = self._fresh(2 * len(self.clock), self.clock.shape[1] - ARM_LR_SUM, self.clock.device)
             clock[: len(self.clock)] = self.clock
             self.clock = clock
-        torch.ops.lead_fast.step(self._number(lr), self._number(num_items), arms, self.clock, self.counters, self.unit)
+        if isinstance(lr, Tensor) or isinstance(num_items, Tensor):
+            lr, num_items, by = self._number(lr), self._number(num_items), torch.ops.lead_fast.step
+        else:
+            by = torch.ops.lead_fast.step_by_numbers
+        by(lr, num_items, arms, self.clock, self.counters, self.unit)
         self.num_steps += 1
 
     def _number(self, value: float | Tensor) -> Tensor:
@@ -184,7 +188,7 @@ class LossChangeEstimator:
         """Refits what is learned from the pairs so far."""
 
     def snapshot(self, clocks: Clocks) -> dict[str, Tensor]:
-        """Copies, on the device, of what `describe` needs: reports are read later."""
+        """What `describe` needs, on the device: the report keeps copies."""
         return {}
 
     def describe(self, snapshot: dict[str, Tensor]) -> dict[str, Any]:

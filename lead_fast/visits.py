@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lead_fast.device import copy_to_host
-from lead_fast.reference_state import BEFORE_ARM, BEFORE_DROP, BEFORE_LOSS, BEFORE_ROUND, BEFORE_ROW, LOSS, ROUND
+from lead_fast.reference_state import (
+    BEFORE_ARM,
+    BEFORE_DROP,
+    BEFORE_LOSS,
+    BEFORE_OBSERVED,
+    BEFORE_ROUND,
+    BEFORE_ROW,
+    BEFORE_WIDTH,
+    LOSS,
+    ROUND,
+)
 from lead_fast.utility import Clocks, LossChangeEstimator, UtilityTable
 
 #: columns of an estimator's predicted losses are named by this prefix and the estimator. They are not cut at 0, as Lhat is:
@@ -16,7 +26,7 @@ from lead_fast.utility import Clocks, LossChangeEstimator, UtilityTable
 PREDICTED = "predicted."
 
 Visits = dict[str, Tensor]
-#: of one micro-batch: "before" as `observe` writes it, "observed", and the drops that other estimators than grad_norm predict
+#: of one micro-batch: "before" as `observe` writes it, and the drops that other estimators than grad_norm predict
 Record = dict[str, Tensor]
 
 
@@ -29,42 +39,41 @@ def predictions(table: UtilityTable, clocks: Clocks, estimators: Mapping[str, Lo
     return visits
 
 
-def begin_record(
-    table: UtilityTable, clocks: Clocks, others: Mapping[str, LossChangeEstimator], rows: Tensor, loss: Tensor
-) -> Record:
+def begin_record(table: UtilityTable, clocks: Clocks, others: Mapping[str, LossChangeEstimator], rows: Tensor) -> Record:
     """The record of a micro-batch, in which `observe` is to write what stood of its rows before; nothing waits.
 
     Args:
         others: estimators whose drops `observe` does not write.
-        rows: int64 [S]. loss: fp32 [S], observed.
+        rows: int64 [S].
     """
-    before = torch.empty(BEFORE_DROP + 1, len(rows), dtype=torch.float64, device=loss.device)
-    record = {"before": before, "observed": loss.clone()}  # the caller may fill its buffer again
+    record = {"before": torch.empty(BEFORE_WIDTH, len(rows), dtype=torch.float64, device=rows.device)}
     if others:
         in_pool = (rows >= 0) & (rows < len(table.rows))
         at = table.position[torch.where(in_pool, rows, 0)].long()
-        record |= {name: estimator.drop(table, clocks, at) for name, estimator in others.items()}
+        record |= {name: estimator.drop(table, clocks, at).float() for name, estimator in others.items()}
     return record
 
 
 def collect(records: Sequence[Record], paired: str | None) -> Visits:
-    """The visits that the table took of micro-batches as one dict of columns on the CPU, in order; no micro-batch, no column.
+    """The visits that the table took of micro-batches as one dict of columns, in order; no micro-batch, no column.
 
     Args:
-        records: as the engine keeps them.
+        records: as the engine keeps them, on the CPU.
         paired: the estimator whose drops "before" holds.
     """
     if not records:
         return {}
-    names = [name for name in records[0] if name != "before"]
-    columns = [torch.cat([record[name] for record in records]) for name in names]
-    before, *columns = copy_to_host(torch.cat([record["before"] for record in records], 1), *columns)
-    taken = before[BEFORE_ROW] >= 0  # found on the host: on a device it would be waited for once more
-    before, rest = before[:, taken], {name: column[taken] for name, column in zip(names, columns, strict=True)}
+    columns = {name: np.concatenate([record[name].numpy() for record in records], -1) for name in records[0]}
+    before = columns.pop("before")
+    taken = before[BEFORE_ROW] >= 0
+    before = before[:, taken]
+    drops = {} if paired is None else {paired: before[BEFORE_DROP].astype(np.float32)}
+    drops |= {name: drop[taken] for name, drop in columns.items()}
+    seen_loss = before[BEFORE_LOSS].astype(np.float32)
     visits = {
-        "row": before[BEFORE_ROW].long(), "arm": before[BEFORE_ARM].short(), "seen_round": before[BEFORE_ROUND].int(),
-        "seen_loss": before[BEFORE_LOSS].float(), "observed": rest.pop("observed"),
+        "row": before[BEFORE_ROW].astype(np.int64), "arm": before[BEFORE_ARM].astype(np.int16),
+        "seen_round": before[BEFORE_ROUND].astype(np.int32), "seen_loss": seen_loss,
+        "observed": before[BEFORE_OBSERVED].astype(np.float32),
     }  # fmt: skip
-    if paired is not None:
-        rest = {paired: before[BEFORE_DROP].float(), **rest}
-    return visits | {PREDICTED + name: visits["seen_loss"] - drop for name, drop in rest.items()}
+    visits |= {PREDICTED + name: seen_loss - drop for name, drop in drops.items()}
+    return {name: torch.from_numpy(column) for name, column in visits.items()}

@@ -114,7 +114,7 @@ def _numbers(*values: float) -> Tensor:
 
 
 def _before(num_samples: int) -> Tensor:
-    return torch.full((5, num_samples), torch.nan, dtype=torch.float64)
+    return torch.full((6, num_samples), torch.nan, dtype=torch.float64)
 
 
 _NO_PAIRS = (None, None, None)
@@ -165,6 +165,7 @@ CASES: dict[str, tuple[str, Callable[[State], Arguments]]] = {
     "observe, of an earlier step": ("observe", lambda s: (*(a := s.observe(seed=5))[:4], torch.tensor([17]), *a[5:])),
     "step": ("step", lambda s: s.step([1])),
     "step of three arms": ("step", lambda s: s.step([3, -1, 0, 2])),
+    "step by numbers": ("step_by_numbers", lambda s: (2.5e-3, 77.0, *s.step([3, -1, 0, 2])[2:])),
     "coefficients": ("grad_norm_coefficients", lambda s: s.coefficients()),
     "utility": ("utility", lambda s: s.utility(torch.arange(NUM_ROWS))),
     "utility of nothing": ("utility", lambda s: s.utility(torch.zeros(0, dtype=torch.int64))),

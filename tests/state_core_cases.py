@@ -60,7 +60,7 @@ class State:
         fit = (self.pairs, self.totals, self.fit) if pairs else (None, None, None)
         return [rows, loss, g.integers(0, 3, size).astype(f32), grad, None if now is None else np.array([now]), self.position,
                 self.arm, self.values, self.seen, self.flags, self.left, self.counters, self.clock, self.unit, *fit, BETA1,
-                max_uses, self.num_choosable, np.full((5, size), np.nan)]  # fmt: skip
+                max_uses, self.num_choosable, np.full((6, size), np.nan)]  # fmt: skip
 
     def end_round(self, size: int = 12, arms: Sequence[int] = (0, 1), *, drop: bool = False, by_round: bool = False,
                   smoothing: float = 0.1, fall_of_utility: bool = False) -> list[Any]:  # fmt: skip
@@ -87,6 +87,7 @@ class State:
         return {
             "observe": lambda: self.observe(now=4),
             "step": lambda: [np.array(0.5), np.array(9.0), arms, self.clock, self.counters, self.unit],
+            "step_by_numbers": lambda: [0.5, 9.0, arms, self.clock, self.counters, self.unit],
             "grad_norm_coefficients": lambda: [self.clock, self.counters, self.unit, self.fit, BETA1, self.counters[0]],
             "utility": lambda: [np.arange(self.num_rows), *table, self.coefficients, False, 0.1],
             "calibrate": lambda: [self.pairs, self.totals, self.fit, 10.0, 15.0],

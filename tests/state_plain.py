@@ -33,7 +33,7 @@ def observe(rows, loss, num_tokens, grad, now, position, arm, values, seen, flag
             totals, fit, beta1, max_uses, num_choosable, before=None):  # fmt: skip
     now = int(counters[0] if now is None else now[0])
     if before is not None:
-        before[:] = [[-1], [0], [0], [0], [0]]
+        before[:] = [[-1], [0], [0], [0], [0], [0]]
     present = [i for i in range(len(rows)) if rows[i] >= 0 and num_tokens[i] > 0]
     was_quarantined = flags[1].copy()
     last = {}  # of a row that occurs twice the last finite loss counts
@@ -45,6 +45,7 @@ def observe(rows, loss, num_tokens, grad, now, position, arm, values, seen, flag
         k, s = arm[p], seen[0, p]
         if before is not None:
             before[:4, i] = rows[i], k, seen[1, p], values[LOSS, p]
+            before[5, i] = loss[i]
             if pairs is not None:
                 kappa, c, d, e, *offsets = fit[0]
                 rate, tau, own, other = since(clock, unit, min(s, now), now, k, beta1)
@@ -83,6 +84,9 @@ def step(lr, num_items, arms, clock, counters, unit):
         clock[s + 1, 3 + k] += lr / len(drawn)
     counters[0] += 1
     unit[0] = max(unit[0], lr)
+
+
+step_by_numbers = step
 
 
 def grad_norm_coefficients(clock, counters, unit, fit, beta1, num_steps):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lead_fast import device
-from lead_fast.device import as_words, copy_to_host, from_words, scattered, scattered_zeros, to_fp32
+from lead_fast.device import Parcel, copy_to_device, copy_to_host, scattered, scattered_zeros, to_fp32
 
 CPU = torch.device("cpu")
 
@@ -77,15 +77,29 @@ def same(got, expected):
     assert torch.equal(got, expected) if not got.is_floating_point() else torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
 
 
-def test_words_keep_every_bit_shape_and_dtype():
-    words = as_words(MANY)
-    assert words.dtype == torch.int64 and len(words) == sum(t.numel() for t in MANY)
-    for got, expected in zip(from_words(words, MANY), MANY, strict=True):
-        same(got, expected)
+@pytest.mark.parametrize("tensors", [MANY, [MANY[0], MANY[0][:1].view(()), MANY[0].repeat(2, 2).T]], ids=["many", "fp64"])
+def test_a_parcel_keeps_every_bit_shape_and_dtype(tensors):
+    parcel = Parcel(tensors)
+    assert parcel.buffer.nbytes == sum(t.numel() * t.itemsize for t in tensors)
+    for opened in (parcel.opened(), parcel.opened(parcel.buffer.clone())):
+        for got, expected in zip(opened, tensors, strict=True):
+            same(got, expected)
+    assert Parcel([]).opened() == []
+
+
+def test_a_parcel_holds_copies():
+    given = torch.arange(3.0)
+    parcel = Parcel([given])
+    given.zero_()
+    assert parcel.opened()[0].tolist() == [0.0, 1.0, 2.0]
 
 
 def test_what_is_on_the_host_stays_as_it_is():
     assert copy_to_host() == [] and all(a is b for a, b in zip(copy_to_host(*MANY), MANY, strict=True))
+
+
+def test_what_goes_to_the_cpu_is_there():
+    assert all(a is b for a, b in zip(copy_to_device(MANY, CPU), MANY, strict=True))
 
 
 @pytest.mark.cuda
@@ -98,3 +112,6 @@ def test_one_copy_brings_all(monkeypatch):
     for got, expected in zip(copy_to_host(*there), MANY, strict=True):
         assert got.device == CPU
         same(got, expected)
+    for got, expected in zip(copy_to_device(MANY, torch.device("cuda")), MANY, strict=True):
+        assert got.device.type == "cuda"
+        same(got.cpu(), expected)

@@ -127,10 +127,10 @@ def test_a_round_ends_by_a_handful_of_operators():
     engine.step(lr=1e-3, num_items=100)
     with Operators() as operators:
         report = engine.end_round()
-    assert operators.count <= 24
+    assert operators.count <= 12
     with Operators() as operators:
         assert engine.begin_round() is not None
-    assert report.num_samples == len(rnd) and operators.count <= 60
+    assert report.num_samples == len(rnd) and operators.count <= 32
 
 
 def test_a_run_that_outgrows_the_clock_goes_on():

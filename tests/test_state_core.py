@@ -19,7 +19,7 @@ from lead_fast import extension
 if not all(extension.available()[name] for name in ("_C", "_ops_cpu")):
     pytest.skip("installed without the compiled extension", allow_module_level=True)
 
-from state_core_cases import State, check, f32, run_core
+from state_core_cases import State, check, copies, f32, run_core
 
 from lead_fast import _C
 
@@ -38,7 +38,9 @@ def test_observe(state, size, pairs, max_uses, earlier):
 @examples
 @given(state=states, lr=st.floats(0, 2), drawn=st.lists(st.integers(-1, 0), max_size=4))
 def test_step(state, lr, drawn):
-    check("step", [np.array(lr), np.array(12.0), np.array(drawn, np.int64), state.clock, state.counters, state.unit])
+    where = [np.array(drawn, np.int64), state.clock, state.counters, state.unit]
+    check("step_by_numbers", copies([lr, 12.0, *where]))
+    check("step", [np.array(lr), np.array(12.0), *where])
 
 
 @examples

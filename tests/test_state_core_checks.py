@@ -70,7 +70,7 @@ SIZES = [
     ("observe", "clock", np.zeros((8, 4)), r"be float64 \[C \+ 1, 5\], got float64 \[8, 4\]"),
     ("observe", "fit", np.zeros((5, 6)), r"be float64 \[6, 6\], got float64 \[5, 6\]"),
     ("observe", "totals", None, "be given with `pairs`, got none"),
-    ("observe", "before", np.zeros((5, 19)), r"be float64 \[5, 20\], got float64 \[5, 19\]"),
+    ("observe", "before", np.zeros((6, 19)), r"be float64 \[6, 20\], got float64 \[6, 19\]"),
     ("observe", "now", np.array([7]), r"be in \[0, 6\], the steps so far, got 7"),
     ("observe", "rows", np.full(20, 12), r"be in \[-1, 12\), got 12"),
     ("observe", "rows", np.full(20, -2), r"be in \[-1, 12\), got -2"),

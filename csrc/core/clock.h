@@ -53,8 +53,9 @@ LEAD_FAST_HOST_DEVICE inline void advance_clock(double lr, double num_items, con
 }
 
 struct Step {
-  const double* lr;         // []
-  const double* num_items;  // []
+  const double* lr;         // [], or null: `lr_number`
+  const double* num_items;  // [], or null: `num_items_number`
+  double lr_number, num_items_number;
   const std::int64_t* arms;
   std::int64_t num_drawn;
   double* clock;
@@ -62,6 +63,12 @@ struct Step {
   std::int64_t* counters;
   double* unit;
 };
+
+LEAD_FAST_HOST_DEVICE inline void advance_clock(const Step& args) {
+  advance_clock(args.lr == nullptr ? args.lr_number : *args.lr,
+                args.num_items == nullptr ? args.num_items_number : *args.num_items, args.arms, args.num_drawn,
+                args.num_arms, args.clock, args.counters, args.unit);
+}
 
 inline void step(const Step& args) {
   const std::int64_t s = args.counters[kNumSteps];
@@ -74,8 +81,7 @@ inline void step(const Step& args) {
     throw std::invalid_argument("step: `arms` must be in [-1, " + std::to_string(args.num_arms) + "), got " +
                                 std::to_string(args.arms[i]));
   }
-  advance_clock(*args.lr, *args.num_items, args.arms, args.num_drawn, args.num_arms, args.clock, args.counters,
-                args.unit);
+  advance_clock(args);
 }
 
 }  // namespace lead_fast

@@ -23,7 +23,7 @@ struct Batch {
 };
 
 // Rows of `before`: what stood of an entry's row when the entry came.
-enum Before { kBeforeRow, kBeforeArm, kBeforeRound, kBeforeLoss, kBeforeDrop, kBeforeWidth };
+enum Before { kBeforeRow, kBeforeArm, kBeforeRound, kBeforeLoss, kBeforeDrop, kBeforeObserved, kBeforeWidth };
 
 struct Observe {
   Batch batch;
@@ -139,13 +139,15 @@ LEAD_FAST_HOST_DEVICE inline void record_nothing(const Observe& args, std::int64
   for (int row = 0; row < kBeforeWidth; ++row) args.before[row * args.batch.size + i] = row == kBeforeRow ? -1.0 : 0.0;
 }
 
-// Of entry i, whose row stands at position p: its arm, round and loss, and the fall that the fit in use predicts.
+// Of entry i, whose row stands at position p: its arm, round and loss, the fall that the fit in use predicts, and the
+// loss that the table is about to take.
 LEAD_FAST_HOST_DEVICE inline void record_before(const Observe& args, std::int64_t i, std::int64_t p, std::int64_t now) {
   const Table& table = args.table;
   const std::int64_t arm = table.arm[p], num_arms = args.clock.num_arms, size = args.batch.size;
   args.before[kBeforeRow * size + i] = static_cast<double>(args.batch.rows[i]);
   args.before[kBeforeArm * size + i] = static_cast<double>(arm);
   args.before[kBeforeRound * size + i] = table_row(table.seen, kRound, table.num_rows)[p];
+  args.before[kBeforeObserved * size + i] = args.batch.loss[i];
   args.before[kBeforeLoss * size + i] = table_row(table.values, kLoss, table.num_rows)[p];
   double drop = 0.0;
   if (args.sums.pairs != nullptr) {

@@ -1,5 +1,5 @@
-// lead_fast::observe, step, utility, grad_norm_coefficients, calibrate, mark_chosen and end_round for CPU tensors; the
-// schemas are in lead_fast/state.py, the reference in lead_fast/reference_state.py.
+// lead_fast::observe, step, step_by_numbers, utility, grad_norm_coefficients, calibrate, mark_chosen and end_round for
+// CPU tensors; the schemas are in lead_fast/state.py, the reference in lead_fast/reference_state.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -32,6 +32,11 @@ void observe(Tensor rows, Tensor loss, Tensor num_tokens, Tensor grad_norm_sq, s
 void step(Tensor lr, Tensor num_items, Tensor arms, Tensor clock, Tensor counters, Tensor unit) {
   lead_fast::step(lead_fast::check_step(array_of(lr), array_of(num_items), array_of(arms), array_of(clock),
                                         array_of(counters), array_of(unit)));
+}
+
+void step_by_numbers(double lr, double num_items, Tensor arms, Tensor clock, Tensor counters, Tensor unit) {
+  lead_fast::step(lead_fast::check_step_by_numbers(lr, num_items, array_of(arms), array_of(clock), array_of(counters),
+                                                   array_of(unit)));
 }
 
 Tensor grad_norm_coefficients(Tensor clock, Tensor counters, Tensor unit, Tensor fit, double adam_beta1,
@@ -83,6 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> end_round(Tensor rows, Tensor begin_idu, std:
 STABLE_TORCH_LIBRARY_IMPL(lead_fast, CPU, library) {
   library.impl("observe", TORCH_BOX(&observe));
   library.impl("step", TORCH_BOX(&step));
+  library.impl("step_by_numbers", TORCH_BOX(&step_by_numbers));
   library.impl("grad_norm_coefficients", TORCH_BOX(&grad_norm_coefficients));
   library.impl("utility", TORCH_BOX(&utility));
   library.impl("calibrate", TORCH_BOX(&calibrate));

@@ -1,4 +1,5 @@
-// lead_fast::step for CUDA tensors; the schema is in lead_fast/state.py, the reference in lead_fast/reference_state.py.
+// lead_fast::step and step_by_numbers for CUDA tensors; the schemas are in lead_fast/state.py, the references in
+// lead_fast/reference_state.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -18,8 +19,7 @@ __global__ void step_kernel(lead_fast::Step args) {
   for (int64_t i = 0; i < args.num_drawn; ++i) {
     lead_fast::trap_unless(args.arms[i] < args.num_arms, "step: `arms` must be below the number of arms");
   }
-  lead_fast::advance_clock(args.lr[0], args.num_items[0], args.arms, args.num_drawn, args.num_arms, args.clock,
-                           args.counters, args.unit);
+  lead_fast::advance_clock(args);
 }
 
 // All tensors on one CUDA device; no synchronisation.
@@ -31,6 +31,18 @@ void step(Tensor lr, Tensor num_items, Tensor arms, Tensor clock, Tensor counter
   launch(step_kernel, 1, 1, args);
 }
 
+// The numbers are arguments of the kernel: nothing else is launched to bring them.
+void step_by_numbers(double lr, double num_items, Tensor arms, Tensor clock, Tensor counters, Tensor unit) {
+  using lead_fast::array_of;
+  const lead_fast::Step args = lead_fast::check_step_by_numbers(lr, num_items, array_of(arms), array_of(clock),
+                                                                array_of(counters), array_of(unit));
+  const lead_fast::Launcher launch(clock);
+  launch(step_kernel, 1, 1, args);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lead_fast, CUDA, library) { library.impl("step", TORCH_BOX(&step)); }
+STABLE_TORCH_LIBRARY_IMPL(lead_fast, CUDA, library) {
+  library.impl("step", TORCH_BOX(&step));
+  library.impl("step_by_numbers", TORCH_BOX(&step_by_numbers));
+}

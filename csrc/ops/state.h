@@ -58,12 +58,12 @@ inline Observe check_observe(const Array& rows, const Array& loss, const Array& 
   return args;
 }
 
-inline Step check_step(const Array& lr, const Array& num_items, const Array& arms, const Array& clock,
-                       const Array& counters, const Array& unit) {
-  const Arguments check("step", clock);
+inline Step check_step_by_numbers(double lr, double num_items, const Array& arms, const Array& clock,
+                                  const Array& counters, const Array& unit, const char* name = "step_by_numbers") {
+  const Arguments check(name, clock);
   Step args{};
-  args.lr = check.input<double>("lr", lr, {});
-  args.num_items = check.input<double>("num_items", num_items, {});
+  args.lr_number = lr;
+  args.num_items_number = num_items;
   args.arms = check.input<std::int64_t>("arms", arms, {"A"});
   args.num_drawn = arms.shape[0];
   args.clock = check.inout<double>("clock", clock, {"C + 1", "3 + K"});
@@ -72,6 +72,15 @@ inline Step check_step(const Array& lr, const Array& num_items, const Array& arm
   check.require(args.num_arms >= 0, "clock", "of at least 3 columns", clock.shape[1]);
   args.counters = check.inout<std::int64_t>("counters", counters, {4});
   args.unit = check.inout<double>("unit", unit, {2});
+  return args;
+}
+
+inline Step check_step(const Array& lr, const Array& num_items, const Array& arms, const Array& clock,
+                       const Array& counters, const Array& unit) {
+  const Arguments check("step", clock);
+  Step args = check_step_by_numbers(0.0, 0.0, arms, clock, counters, unit, "step");
+  args.lr = check.input<double>("lr", lr, {});
+  args.num_items = check.input<double>("num_items", num_items, {});
   return args;
 }
 

@@ -32,6 +32,12 @@ void step(const py::array& lr, const py::array& num_items, const py::array& arms
                              array_of(unit)));
 }
 
+void step_by_numbers(double lr, double num_items, const py::array& arms, const py::array& clock,
+                     const py::array& counters, const py::array& unit) {
+  lead_fast::step(
+      check_step_by_numbers(lr, num_items, array_of(arms), array_of(clock), array_of(counters), array_of(unit)));
+}
+
 py::array_t<double> grad_norm_coefficients(const py::array& clock, const py::array& counters, const py::array& unit,
                                            const py::array& fit, double adam_beta1, std::int64_t num_steps) {
   const auto args = check_grad_norm_coefficients(array_of(clock), array_of(counters), array_of(unit), array_of(fit),
@@ -98,6 +104,8 @@ void bind_state(py::module_& module) {
              "totals move in place, and before is written.");
   module.def("step", &step, py::arg("lr"), py::arg("num_items"), py::arg("arms"), py::arg("clock"), py::arg("counters"),
              py::arg("unit"), "Advances the clocks by one optimizer step; clock, counters and unit move in place.");
+  module.def("step_by_numbers", &step_by_numbers, py::arg("lr"), py::arg("num_items"), py::arg("arms"),
+             py::arg("clock"), py::arg("counters"), py::arg("unit"), "The same for numbers in place of arrays.");
   module.def("grad_norm_coefficients", &grad_norm_coefficients, py::arg("clock"), py::arg("counters"), py::arg("unit"),
              py::arg("fit"), py::arg("adam_beta1"), py::arg("num_steps"),
              "Slope and level of a row's predicted fall, float64 [2, K, num_steps + 1].");
