@@ -56,7 +56,7 @@ parallel=$("$py" -c '
 from importlib.util import find_spec; import os
 print(f"-n {min(8, len(os.sched_getaffinity(0)) // 2 or 1)} --dist worksteal" if find_spec("xdist") else "")')
 # shellcheck disable=SC2086  the words are options
-OMP_NUM_THREADS=2 timeout "$(within 240 200)" "$py" -m pytest -q -m cuda --durations=5 $parallel tests 2>&1 | tee "$results/gpu-tests.txt" || failed=1
+OMP_NUM_THREADS=2 timeout "$(within 240 200)" "$py" -m pytest -q -rs -m cuda --durations=5 $parallel tests 2>&1 | tee "$results/gpu-tests.txt" || failed=1
 tail -n 1 "$results/gpu-tests.txt" | grep -q passed || failed=1
 if grep -Eq '[0-9]+ (failed|error)' "$results/gpu-tests.txt"; then failed=1; fi
 say "benchmarking the state"

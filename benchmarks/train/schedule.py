@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from test_estimation_price import SHAPES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
 
 import lead_fast as lf
 from lead_fast.config import TrainConfig
@@ -64,8 +64,8 @@ class Setting:
 
     @property
     def attention(self) -> str:
-        """What the peers are given: flash-attn where it is there, as padding-free training wants it."""
-        return "flash_attention_2" if self.device == "cuda" and find_spec("flash_attn") is not None else "sdpa"
+        """What the peers are given: flash-attn where transformers finds it, as padding-free training wants it."""
+        return "flash_attention_2" if self.device == "cuda" and is_flash_attn_2_available() else "sdpa"
 
     @property
     def config(self) -> TrainConfig:
