@@ -162,7 +162,9 @@ class Shards:
         self.observations: list[Observation] = []
 
     def add(self, observation: Observation) -> None:
-        self.observations.append(observation)
+        """Keeps a copy: the caller may fill its buffers again before the round ends."""
+        step, *columns = observation
+        self.observations.append(Observation(step, *(column.clone() for column in columns)))
 
     def merge(self, device: torch.device) -> Iterator[Observation]:
         """Empties the list, and gives every rank's observations in order. All ranks must call it."""

@@ -25,7 +25,11 @@ def play(engine, script, rank=0, world=1):
         rnd = engine.begin_round()
         for step in script.round(rnd.number, rnd.rows.tolist()):
             for batch in step.batches[rank::world]:
-                engine.observe(rows_of(batch), samples(batch))
+                rows, found = rows_of(batch), samples(batch)
+                engine.observe(rows, found)
+                rows.fill_(-1)  # the caller's buffers are the caller's again
+                for column in found:
+                    column.fill_(torch.nan)
             script.move_weights(rnd.number, step.lr)
             engine.step(lr=step.lr, num_items=step.num_items)
         report = engine.end_round()
