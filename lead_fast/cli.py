@@ -43,6 +43,9 @@ def _int_or_float(text: str) -> int | float:
         return float(text)
 
 
+_int_or_float.__name__ = "int or float"  # as argparse names it where a text is neither
+
+
 def add_options(parser: argparse.ArgumentParser, configs: Sequence[type], hide: Sequence[str] = ()) -> None:
     """Adds every field of the dataclasses as an option; what is not given on the command line stays absent."""
     for config in configs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -160,8 +161,15 @@ class ChatEncoder:
     def _probe(self) -> None:
         """One turn: the answer must be found, and should end with a token that stops generation."""
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        (sample,) = self.encode([chat])
-        self.cuts = CutCounts(max_length=self.max_length)
+        limit, self.max_length = self.max_length, sys.maxsize
+        try:
+            (sample,) = self.encode([chat])
+        finally:
+            self.max_length, self.cuts = limit, CutCounts(max_length=limit)
+        if limit < (least := int(sample.keep_alone.sum())):
+            raise ValueError(
+                f"max_length: expected at least {least}, what the chat template needs for an answer of one token, got {limit}"
+            )
         tokens = [str(self.tokenizer.decode([token])) for token in sample.input_ids[sample.supervised]]
         if not any("b" in token for token in tokens):
             raise ValueError("ChatEncoder: the chat template must render the assistant's content after its header")

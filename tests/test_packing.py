@@ -129,6 +129,17 @@ MARKED = (
 )
 
 
+def test_no_room_for_an_answer_is_named(tokenizer):
+    with pytest.raises(ValueError, match=r"max_length: expected at least (\d+), what the chat template needs") as refused:
+        ChatEncoder(tokenizer, 4)
+    least = int(str(refused.value).split()[4].rstrip(","))
+    encoder = ChatEncoder(tokenizer, least)
+    assert encoder.cuts.max_length == least and encoder.cuts.samples == 0
+    (sample,) = encoder.encode([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])
+    assert sample.supervised.any()
+
+
+
 @pytest.fixture(scope="module")
 def special():
     """A tokenizer for which the markers of these templates are single tokens."""
