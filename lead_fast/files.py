@@ -8,8 +8,9 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,12 @@ def is_full(error: Exception) -> bool:
     return os_error(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes the temporaries that killed processes left in a folder."""
+def remove_leftovers(folder: Path, *, idle: float = 0.0) -> None:
+    """Removes the temporaries that killed processes left in a folder, of those that nobody wrote to for `idle` seconds."""
     for path in folder.glob(".*.tmp"):
-        _remove(path)
+        with suppress(FileNotFoundError):  # another process removes them, too
+            if idle == 0.0 or path.stat().st_mtime < time.time() - idle:
+                _remove(path)
 
 
 def write_text(path: str | Path, text: str, *, durable: bool = False) -> None:

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from lead_fast.files import atomic_path, is_full
+from lead_fast.files import atomic_path, is_full, remove_leftovers
 from lead_fast.rows import (
     ANSWERS,
     FIELDS,
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_A_DAY = 86_400.0  # seconds
 FORMAT = 1
 BATCH_ROWS = 4096
 BATCH_CHARS = 1 << 25  # 32-bit Arrow offsets reach 2 GiB of text a batch
@@ -424,6 +425,7 @@ def cached_rows(
             return RowFile(path), rejects_path
         except PoolError as error:
             logger.warning("%s; reading the pool again", error)
+    remove_leftovers(path.parent, idle=_A_DAY)  # the cache is shared: another process may be writing one now
     try:
         with ExitStack() as stack:
             temporary = stack.enter_context(atomic_path(path))

@@ -139,7 +139,6 @@ def test_no_room_for_an_answer_is_named(tokenizer):
     assert sample.supervised.any()
 
 
-
 @pytest.fixture(scope="module")
 def special():
     """A tokenizer for which the markers of these templates are single tokens."""

@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,18 @@ def test_second_reading_parses_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert len({first.path, changed.path, elsewhere.path}) == 3
     assert changed.fingerprint == elsewhere.fingerprint != first.fingerprint
     assert elsewhere.path.parent == tmp_path / "elsewhere" / "pools"
+
+
+def test_what_a_killed_process_left_in_the_cache_goes_after_a_day(tmp_path: Path) -> None:
+    cache = tmp_path / "cache" / "pools"
+    cache.mkdir(parents=True)
+    left, written = cache / ".a.arrow.0123.tmp", cache / ".b.arrow.4567.tmp"
+    for path in (left, written):
+        path.write_text("a part of it")
+    os.utime(left, (0, time.time() - 90_000))
+    (tmp_path / "pool.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    Pool.from_jsonl(tmp_path / "pool.jsonl")
+    assert [path.name for path in cache.glob(".*")] == [written.name]
 
 
 @pytest.mark.parametrize("keep", [0, 100, -20])
