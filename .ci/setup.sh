@@ -39,13 +39,14 @@ fi
     say "making $venv"
     "$python" -m venv --clear "$venv"
 }
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+# Nothing is compiled to bytecode that nobody imports: transformers alone has thousands of files, a minute of a CI machine.
+install() { "$venv/bin/python" -m pip --disable-pip-version-check install --no-compile "$@"; }
 
 install_torch() {
     if [ -n "${TORCH_INDEX_URL:-}" ]; then
-        pip install --index-url "$TORCH_INDEX_URL" "$@"
+        install --index-url "$TORCH_INDEX_URL" "$@"
     else
-        pip install "$@"
+        install "$@"
     fi
 }
 
@@ -67,6 +68,6 @@ case $torch in
 esac
 
 say "installing lead-fast${extras:+ with its extras [$extras]}"
-pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.13'
-pip install --no-build-isolation --editable ".${extras:+[$extras]}"
+install --quiet 'setuptools>=77' wheel 'pybind11>=2.13'
+install --no-build-isolation --editable ".${extras:+[$extras]}"
 printf '%s\n' "$inputs" | tee "$stamp" >"$venv/.lead-fast-base"
