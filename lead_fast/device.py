@@ -48,8 +48,9 @@ def scattered(tensor: Tensor) -> Tensor:
 
 
 class Parcel:
-    """Copies of tensors of one device, of any shapes and dtypes, in one buffer: what moves it moves them all at once."""
+    """Copies of tensors of one device, whatever their shapes, strides and dtypes, in one buffer: all move at once."""
 
+    @torch.no_grad()
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         dtypes = {t.dtype for t in tensors}
         # Bytes, but for tensors of one dtype: each call counts, and theirs needs no view. The widest come first, so that
@@ -61,7 +62,7 @@ class Parcel:
             self._order.sort(key=lambda i: -tensors[i].itemsize)
         self._kinds = [(t.dtype, t.shape, t.numel() * (t.itemsize if unit == torch.uint8 else 1)) for t in tensors]
         flat = [t if t.dim() == 1 else t.reshape(-1) for t in (tensors[i] for i in self._order)]
-        parts = [t if t.dtype == unit else t.view(unit) for t in flat]
+        parts = [t if t.dtype == unit else _dense(t).view(unit) for t in flat]
         self.buffer = torch.cat(parts) if parts else torch.empty(0, dtype=unit)
 
     def opened(self, moved: Tensor | None = None) -> list[Tensor]:
@@ -75,6 +76,11 @@ class Parcel:
             tensors[i] = part if len(shape) == 1 else part.view(shape)
             start += size
         return tensors
+
+
+def _dense(flat: Tensor) -> Tensor:
+    """Of stride 1, which a view in another dtype needs of a single number too."""
+    return flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
 
 
 def copy_to_host(*tensors: Tensor) -> list[Tensor]:

@@ -335,9 +335,9 @@ class LeadEngine:
             arm_probs, num_draws = torch.ones(1, dtype=torch.float64, device=self.device), 1
         rate, cap, token_budget = self._round_size(num_draws)
         capacity = self.groups.most_chosen(rate, cap)
-        candidates = [self._candidates(int(arm), number) for arm in arms] if self.record_candidates else []
+        candidates = [self._candidates(arm, number) for arm in arms.tolist() if arm >= 0] if self.record_candidates else []
         own_drop = has_own_drop(self.estimator)
-        given = self.utility(table.rows.long()) if own_drop else None
+        given = to_fp32(self.utility(table.rows.long()), self.device) if own_drop else None
         coefficients = self.estimator.coefficients(self.clocks)
         assert config.choose is not None and config.exclude_top is not None  # resolved in __init__
         chosen = [

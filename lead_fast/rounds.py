@@ -113,20 +113,24 @@ class RoundReport:
             "summary": summary,
             "quarantined": quarantined.double(),
         }  # fmt: skip  as all the others are
-        self._names, self._of_snapshot = [*named, *snapshot], list(snapshot)
+        for name, value in snapshot.items():
+            if not isinstance(value, Tensor):
+                got = type(value).__name__
+                raise TypeError(f"{type(estimator).__name__}.snapshot: `{name}` must be a tensor, got {got}")
+        self._names, self._of_snapshot = list(named), list(snapshot)
         self._of_visits = None if visits is None else [list(record) for record in visits]
-        columns = [column for record in visits or [] for column in record.values()]
-        tensors = (*named.values(), *snapshot.values(), *columns)
+        tensors = [*named.values(), *snapshot.values(), *(column for record in visits or [] for column in record.values())]
         # A custom estimator may keep numbers on the CPU.
         self._parcel = Parcel([t if t.device == rewards.device else t.to(rewards.device) for t in tensors])
         self._estimator, self._paired = estimator, paired
 
     @cached_property
-    def _host(self) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """What stayed on the device by name, and the columns of the visits."""
-        values = self._parcel.opened(self._parcel.buffer.cpu())
-        count = len(self._names)
-        return dict(zip(self._names, values[:count], strict=True)), values[count:]
+    def _host(self) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
+        """What stayed on the device: the round's own by name, the estimator's snapshot, the columns of the visits."""
+        values = iter(self._parcel.opened(self._parcel.buffer.cpu()))
+        del self._parcel
+        own, snapshot = ({name: next(values) for name in names} for names in (self._names, self._of_snapshot))
+        return own, snapshot, list(values)
 
     @cached_property
     def rewards(self) -> list[float]:
@@ -146,7 +150,7 @@ class RoundReport:
     @cached_property
     def log_weights(self) -> Tensor:
         """The bandit's log weights after the round, fp64 [K] on the CPU."""
-        return self._host[0]["log_weights"]
+        return self._host[0]["log_weights"].clone()  # whoever keeps it keeps no more
 
     @cached_property
     def num_samples(self) -> int:
@@ -171,7 +175,7 @@ class RoundReport:
     @cached_property
     def calibration(self) -> dict[str, Any]:
         """What the estimator learned so far: its coefficients, the pairs they come from, what still has its prior."""
-        return self._estimator.describe({name: self._host[0][name] for name in self._of_snapshot})
+        return self._estimator.describe(self._host[1])
 
     @cached_property
     def visits(self) -> Visits | None:
@@ -182,7 +186,7 @@ class RoundReport:
         """
         if self._of_visits is None:
             return None
-        columns = iter(self._host[1])
+        columns = iter(self._host[2])
         return collect([{name: next(columns) for name in names} for names in self._of_visits], self._paired)
 
     def __repr__(self) -> str:

@@ -149,7 +149,7 @@ def arranged(chosen: Sequence[Sequence[Tensor]], left: int, seed: int, number: i
         Rows int64 [n], their utility fp32 [n], and how many of them are new. By NumPy: a round has few rows, and a call of
         torch's costs more than they do.
     """
-    rows, utility, uses = (np.concatenate([columns[j].numpy() for columns in chosen]) for j in range(3))
+    rows, utility, uses = (np.concatenate([columns[j].detach().numpy() for columns in chosen]) for j in range(3))
     there = rows >= 0
     rows, utility, uses = cut_to_budget(rows[there], utility[there], uses[there], left)
     place = philox_uniform(seed, STREAM_SHUFFLE, number, torch.from_numpy(rows)).numpy()

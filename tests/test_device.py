@@ -68,7 +68,8 @@ def test_fp32_is_left_as_it_is():
 MANY = [
     torch.tensor([1.5, -torch.inf, torch.nan], dtype=torch.float64), torch.tensor(-0.1, dtype=torch.float32),
     torch.tensor([[True, False], [False, True]]), torch.tensor([-(2**63), 2**63 - 1]), torch.zeros(0, dtype=torch.int32),
-    torch.arange(6, dtype=torch.int16).view(2, 3).T, torch.tensor([-0.7, 3.0], dtype=torch.bfloat16),
+    torch.arange(6, dtype=torch.int16).view(2, 3).T, torch.tensor([-0.7, 3.0], dtype=torch.bfloat16), torch.arange(6.0)[::2],
+    torch.tensor(1.5).expand(3), torch.arange(4.0)[::2][:1], torch.arange(4.0)[::2][:0], torch.eye(3).diagonal(),
 ]  # fmt: skip
 
 
@@ -81,17 +82,18 @@ def same(got, expected):
 def test_a_parcel_keeps_every_bit_shape_and_dtype(tensors):
     parcel = Parcel(tensors)
     assert parcel.buffer.nbytes == sum(t.numel() * t.itemsize for t in tensors)
-    for opened in (parcel.opened(), parcel.opened(parcel.buffer.clone())):
-        for got, expected in zip(opened, tensors, strict=True):
+    for moved in (None, parcel.buffer.clone()):
+        for got, expected in zip(parcel.opened(moved), tensors, strict=True):
             same(got, expected)
+        parcel.buffer.zero_()  # the second is of what was moved
     assert Parcel([]).opened() == []
 
 
 def test_a_parcel_holds_copies():
-    given = torch.arange(3.0)
+    given = torch.arange(3.0, requires_grad=True)
     parcel = Parcel([given])
-    given.zero_()
-    assert parcel.opened()[0].tolist() == [0.0, 1.0, 2.0]
+    given.detach().zero_()
+    assert parcel.opened()[0].tolist() == [0.0, 1.0, 2.0] and not parcel.buffer.requires_grad
 
 
 def test_what_is_on_the_host_stays_as_it_is():

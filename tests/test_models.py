@@ -209,6 +209,20 @@ def test_longer_samples_than_positions_are_refused(tokenizer, caplog):
         check_length(longrope, 65)
 
 
+def test_a_model_is_looked_at_under_autocast_as_it_will_run(tokenizer, samples):
+    """Its packed samples round differently there, and are what they are alone."""
+    model = tiny("llama", len(tokenizer))
+    with torch.autocast("cpu", torch.bfloat16):
+        packed = PackedModel(model)
+        packed(pack(samples)).loss.backward()
+    assert packed.checked and not packed.one_by_one
+    bloom = mixing("bloom", len(tokenizer))
+    for block in bloom.transformer.h:
+        block.self_attention.query_key_value.weight.data *= 30.0  # whose position biases then say much
+    with torch.autocast("cpu", torch.bfloat16):
+        assert PackedModel(bloom).one_by_one
+
+
 def test_equal_seeds_build_equal_models(tokenizer):
     one, two, other = (build_model("tiny", tokenizer, seed=s, device=CPU) for s in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))

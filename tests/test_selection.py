@@ -38,7 +38,7 @@ def test_groups_of_many_tasks_are_the_same_as_those_of_few():
 def test_the_bound_on_a_choice_is_that_of_the_largest_arm():
     groups = Groups(np.repeat([0, 1], [10, 200]), np.repeat([0, 1, 2], [10, 100, 100]), np.zeros(210, bool), 2, CPU)
     assert groups.most_chosen(0.015, -1) == 4  # two tasks of 100 rows: 2 each
-    assert groups.most_chosen(1.0, 7) == 7
+    assert [groups.most_chosen(1.0, cap) for cap in (7, 5, -1)] == [7, 5, 200]
     assert groups.most_chosen(0.3, -1) == 60
 
 

@@ -22,7 +22,7 @@ struct Batch {
   const std::int64_t* now;  // [1] optimizer steps completed, or null: up to now
 };
 
-// Rows of `before`: what stood of an entry's row when the entry came.
+// Rows of `before`: what stood of an entry's row when the entry came, and the loss that came.
 enum Before { kBeforeRow, kBeforeArm, kBeforeRound, kBeforeLoss, kBeforeDrop, kBeforeObserved, kBeforeWidth };
 
 struct Observe {
