@@ -17,7 +17,7 @@ from lead_fast.models import body_of, text_decoder
 logger = logging.getLogger(__name__)
 
 # Which expert gets a token is not adapted, and the LM head must stay as it is.
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "modality_router"})
 _MAMBAS = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 
 
@@ -27,7 +27,12 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     Experts that are kept as one parameter are no layers; and what a Mamba's kernel takes for itself, peft adapts not.
     """
     apart = _ROUTERS | {"out_proj"} if getattr(model.config, "model_type", None) in _MAMBAS else _ROUTERS
-    return sorted({path[-1] for path in _linear_paths(model) if not apart.intersection(path)})
+    return sorted({_short_name(path) for path in _linear_paths(model) if not apart.intersection(path)})
+
+
+def _short_name(path: list[str]) -> str:
+    """What adapters know a layer by: the last part of its name, of a layer in a list the list's too."""
+    return ".".join(path[-2:]) if path[-1].isdigit() else path[-1]
 
 
 def _linear_paths(model: PreTrainedModel) -> list[list[str]]:

@@ -56,11 +56,18 @@ def lm_head(model: PreTrainedModel) -> Head:
             f"[{head.out_features}, {head.in_features}] tensor, "
             f"got {type(weight.data).__name__} {weight.dtype} {list(weight.shape)} on {weight.device}"
         )
+    softcap, scale = _after_head(model)
+    return Head(weight, getattr(head, "bias", None), softcap, scale)
+
+
+def _after_head(model: PreTrainedModel) -> tuple[float | None, float]:
+    """softcap and logit_scale of a model, by the names that families have for them; `check_head` sees whether they hold."""
     config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) * float(getattr(config, "lm_head_multiplier", None) or 1.0)
     if getattr(config, "logits_scaling", None):
         scale /= float(config.logits_scaling)
-    return Head(weight, getattr(head, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
+    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"))
+    return next((float(cap) for cap in caps if cap), None), scale
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:
@@ -101,6 +108,9 @@ def text_decoder(model: PreTrainedModel) -> nn.Module:
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """Compares the head that the fused loss will compute with the model's own logits on four tokens.
+
+    Small logits and half precision hide a cap or a scale; so what the model makes of logits that span 100 nats is compared too,
+    in fp32, and that its head is given the last hidden states as they are.
 
     Raises:
         ValueError: they differ: the model does something to its logits that `lm_head` does not know.
@@ -143,6 +153,32 @@ def check_head(model: PreTrainedModel) -> None:
         raise ValueError(
             f"check_head: {type(model).__name__} computes its logits in a way that the fused loss does not know "
             f"(largest difference {float((logits.float() - own.float()).abs().max()):.3g}); it cannot be served"
+        )
+    _check_around_head(model, ids, hidden, own.shape)
+
+
+def _check_around_head(model: PreTrainedModel, ids: Tensor, hidden: Tensor, shape: torch.Size) -> None:
+    seen: list[Tensor] = []
+    probe = torch.linspace(-50.0, 50.0, shape.numel(), device=ids.device).view(shape)
+
+    def in_place_of_head(given: Tensor) -> Tensor:
+        seen.append(given)
+        return probe
+
+    training, _ = model.training, model.eval()
+    with forward_replaced(head_of(model), in_place_of_head):
+        own = model(input_ids=ids[None], use_cache=False).logits
+    model.train(training)
+    softcap, scale = _after_head(model)
+    expected = probe * scale
+    expected = softcap * torch.tanh(expected / softcap) if softcap else expected
+    tolerance = 1e-3 if own.dtype == torch.float32 else 2e-2
+    apart = float((own.float() - expected).abs().max() / expected.abs().max())
+    moved = float((seen[0].float() - hidden.float()).norm() / hidden.float().norm())
+    if not apart < tolerance or not moved < (1e-3 if _is_exact(hidden) else 2e-2):
+        raise ValueError(
+            f"check_head: {type(model).__name__} does to its logits, or to the hidden states before them, what the fused loss "
+            f"does not know (relative differences {apart:.2g} and {moved:.2g}); it cannot be served"
         )
 
 

@@ -107,6 +107,57 @@ def test_a_head_that_does_more_than_the_fused_loss_knows_is_refused(tokenizer):
         check_head(model)
 
 
+def capped(logits):
+    return 30.0 * torch.tanh(logits / 30.0)
+
+
+def scaled(logits):
+    return 0.97 * logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("change", "place"), [(capped, "after"), (scaled, "after"), (scaled, "before")])
+def test_what_half_precision_would_hide_is_found(change, place, dtype, tokenizer):
+    """Logits of an untrained model are small: a cap of 30 moves them by less than bf16 rounds."""
+    model = tiny("llama", len(tokenizer)).to(dtype)
+    forward = type(model).forward
+
+    def changed(*args, **kwargs):
+        out = forward(model, *args, **kwargs)
+        out.logits = change(out.logits)
+        return out
+
+    if place == "after":
+        model.forward = changed
+    else:
+        model.lm_head.register_forward_pre_hook(lambda _, args: (change(args[0]),))
+    with pytest.raises(ValueError, match="does not know"):
+        check_head(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("recurrent_gemma", {"logits_soft_cap": 2.0, "lru_width": 32, "block_types": ["attention"], "attention_window_size": 64}),
+     ("falcon_h1", {"lm_head_multiplier": 0.04, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8})],
+)  # fmt: skip
+def test_caps_and_scales_by_other_names_are_served(kind, options, tokenizer, samples):
+    model = tiny(kind, len(tokenizer), **options)
+    loss = PackedModel(model)(pack(samples[:1])).loss
+    ids = torch.from_numpy(samples[0].input_ids)[None]
+    labels = torch.where(torch.from_numpy(samples[0].supervised), ids, -100)
+    own = nn.functional.cross_entropy(model(input_ids=ids, use_cache=False).logits[0, :-1], labels[0, 1:])
+    torch.testing.assert_close(loss, own, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_names_a_layer_in_a_list_by_its_list(tokenizer):
+    model = tiny("llama", len(tokenizer))
+    for layer in model.model.layers:
+        layer.mlp.extra = nn.ModuleList([nn.Linear(32, 4)])
+        layer.mlp.modality_router = nn.Linear(32, 4)
+    paths = adapted(add_lora(model, rank=2, alpha=4.0, seed=0))
+    assert sum(path.endswith("mlp.extra.0") for path in paths) == 2 and len(paths) == 16
+
+
 def test_lora_trains_adapters_only_and_starts_at_the_base_model(tokenizer, samples):
     model = build_model("tiny", tokenizer, seed=1, device=CPU)
     before = PackedModel(model)(pack(samples)).loss
