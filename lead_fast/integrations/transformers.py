@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from lead_fast.config import LeadConfig
 from lead_fast.engine import LeadEngine
@@ -336,9 +337,26 @@ class LeadRounds(_Host):
             save_state(os.path.join(output_dir, STATE_FILE), state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._check_checkpoint(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._rounds.load_state_dict(load_state(os.path.join(checkpoint, STATE_FILE)))
+
+    def _check_checkpoint(self, checkpoint: str) -> None:
+        """The host goes on without what is missing, with other moments and another rate.
+
+        Raises:
+            ValueError: a file is not there: the process ended while it saved, or `save_only_model` left it out.
+        """
+        needed = [STATE_FILE]
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            needed += [OPTIMIZER_NAME, SCHEDULER_NAME]
+        if missing := [name for name in needed if not os.path.isfile(os.path.join(checkpoint, name))]:
+            raise ValueError(
+                f"{type(self).__name__}: {checkpoint} holds no {', '.join(missing)}: it was not written to its end, or with "
+                "`save_only_model`; resume from the one before"
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._loaded_from = resume_from_checkpoint

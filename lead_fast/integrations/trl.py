@@ -7,6 +7,7 @@ evaluation are the host's; rounds, packing and the fused loss are those of `lead
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,10 @@ class LeadSFTTrainer(LeadRounds, SFTTrainer):
         if self._is_vision_dataset:
             raise ValueError("LeadSFTTrainer: `train_dataset` must be text, got images")
         left: Any = self.train_dataset
-        kept = left.select_columns(ROW).with_format("numpy")[:][ROW]
+        kept = np.asarray(left.select_columns(ROW).with_format("numpy")[:][ROW], np.int64)
+        if not len(kept):
+            limit = getattr(self.args, "max_length", None)
+            raise ValueError(f"LeadSFTTrainer: a row must have a supervised token within max_length {limit}, got none")
         index = np.full(len(pool), -1, np.int64)
         index[kept] = np.arange(len(kept))
         if len(kept) < len(pool):
@@ -85,7 +89,7 @@ class LeadSFTTrainer(LeadRounds, SFTTrainer):
             )  # fmt: skip
         samples = self.dataset_samples(index)
         # A collator that joins samples masks each one's first token.
-        if len(kept) and all(sample.supervised[1:].all() for sample in samples(sorted(kept[:_LOOKED_AT].tolist()))):
+        if all(sample.supervised[1:].all() for sample in samples(sorted(kept[:_LOOKED_AT].tolist()))):
             logger.warning(
                 "every token is supervised: the pool's utilities must be losses over all tokens too, or set assistant_only_loss"
             )
@@ -100,3 +104,14 @@ class LeadSFTTrainer(LeadRounds, SFTTrainer):
         self._total_train_tokens += self._ranks.sum_of(tokens)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return batches, items
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the host's; a round's line has none of the host's metrics, which are due on its own."""
+        if "lead/round" not in logs:
+            super().log(logs, start_time)
+            return
+        aside, self._metrics["train"] = self._metrics["train"], defaultdict(list)
+        try:
+            super().log(logs, start_time)
+        finally:
+            self._metrics["train"] = aside

@@ -144,6 +144,8 @@ def test_adapters_of_peft_config_alone_are_trained(tokenizer, tmp_path):
     assert all(torch.equal(now[name], value) for name, value in frozen.items())
     assert trainer.engine.num_used == 20
     tokens = [line["num_tokens"] for line in trainer.state.log_history if "num_tokens" in line]
+    assert all("num_tokens" in line for line in trainer.state.log_history if "loss" in line)
+    assert not any("lead/round" in line and "num_tokens" in line for line in trainer.state.log_history)
     assert tokens == sorted(tokens) and tokens[-1] == sum(h.get("lead/tokens", 0) for h in trainer.state.log_history)
     assert any("eval_mean_token_accuracy" in line for line in trainer.state.log_history)
     saved = tmp_path / f"checkpoint-{trainer.state.global_step}"
@@ -194,6 +196,12 @@ def test_what_cannot_be_right_is_refused(tokenizer, tmp_path):
         )
     with pytest.raises(ValueError, match="`pool` must have text where there is no `train_dataset`"):
         sft(tmp_path, tokenizer, None)
+
+
+def test_truncation_that_leaves_no_row_is_named(tokenizer, tmp_path):
+    rows = [{"input_ids": list(range(3, 12)), "labels": [-100] * 8 + [5]} for _ in range(N)]
+    with pytest.raises(ValueError, match="a row must have a supervised token within max_length 6, got none"):
+        sft(tmp_path, tokenizer, rows, max_length=6)
 
 
 def test_samples_that_the_host_cuts_are_counted(tokenizer, tmp_path, caplog):

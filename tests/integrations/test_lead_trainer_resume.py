@@ -86,13 +86,15 @@ def test_other_settings_are_refused(options, message, checkpoint, tmp_path):
         lead_trainer(tmp_path, **options).train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_a_checkpoint_without_the_engines_state_is_refused(checkpoint, tmp_path):
-    (checkpoint / "lead_state.safetensors").rename(tmp_path / "moved")
+@pytest.mark.parametrize("name", ["lead_state.safetensors", "optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_that_is_not_whole_is_refused(name, checkpoint, tmp_path):
+    """The host itself goes on without an optimizer's state, and says nothing."""
+    (checkpoint / name).rename(tmp_path / "moved")
     try:
-        with pytest.raises(ValueError, match=r"expected a file at .*lead_state\.safetensors"):
+        with pytest.raises(ValueError, match=rf"{checkpoint.name} holds no {name}: it was not written to its end"):
             lead_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
     finally:
-        (tmp_path / "moved").rename(checkpoint / "lead_state.safetensors")
+        (tmp_path / "moved").rename(checkpoint / name)
 
 
 def test_save_only_model_saves_no_engine(tmp_path):
