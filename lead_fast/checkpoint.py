@@ -19,7 +19,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +117,11 @@ class Checkpoints:
             shutil.rmtree(deleting)
         return self.folder / name
 
-    def load(self) -> Checkpoint | None:
+    def load(self, needs: Callable[[Checkpoint], Any] = lambda _: None) -> Checkpoint | None:
         """The newest good checkpoint; damaged ones are named in a warning and the one before is taken.
+
+        Args:
+            needs: looks for what else a checkpoint goes with, and raises CheckpointError where it is not there.
 
         Returns:
             None where there is no checkpoint at all.
@@ -129,8 +132,10 @@ class Checkpoints:
         reasons = []
         for path in reversed(self.paths()):
             try:
-                return self.read(path)
-            except (DamagedCheckpoint, OSError) as error:
+                checkpoint = self.read(path)
+                needs(checkpoint)
+                return checkpoint
+            except (CheckpointError, OSError) as error:
                 logger.warning("checkpoint %s is damaged and not used: %s", path, error)
                 reasons.append(str(error))
         if reasons:

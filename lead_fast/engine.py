@@ -446,7 +446,10 @@ class LeadEngine:
             ("estimators", list(self.estimators)),
         ):  # fmt: skip
             if (got := state.get(name)) != expected:
-                also = ": the pool's arms, tasks or rows set aside have changed" if name == "positions" else ""
+                also = {
+                    "positions": ": the pool's arms, tasks or rows set aside have changed",
+                    "estimators": ": who watches stays (with --audit-every, `historical` does where weights are whole)",
+                }.get(name, "")
                 raise ValueError(f"LeadEngine: state `{name}` must be {expected}, got {got}{also}")
         self.table.load_state_dict(state["table"])
         self.clocks.load_state_dict(state["clocks"])

@@ -164,9 +164,14 @@ def is_fsdp(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def is_zero3(accelerator: Accelerator) -> bool:
+def zero_stage(accelerator: Accelerator) -> int | None:
+    """DeepSpeed's stage of ZeRO, None without DeepSpeed."""
     plugin: Any = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
-    return plugin is not None and plugin.zero_stage == 3
+    return None if plugin is None else plugin.zero_stage
+
+
+def is_zero3(accelerator: Accelerator) -> bool:
+    return zero_stage(accelerator) == 3
 
 
 def shards_weights(accelerator: Accelerator) -> bool:

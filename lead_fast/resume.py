@@ -41,6 +41,8 @@ FREE_OPTIONS = frozenset({
     "on_bad_row", "trust_remote_code",
 })  # fmt: skip
 
+_LAUNCHER_GRACE = 30.0  # seconds that torchrun leaves its processes after a signal
+
 # gloo says so in a plain RuntimeError.
 _LOST_PEER = re.compile(r"gloo.*(closed by peer|reset by peer|broken pipe|refused|timed out)", re.IGNORECASE)
 
@@ -152,6 +154,7 @@ class Checkpointer:
         self.ranks = state.optimization.ranks
         self._steps, self._rounds = run.num_steps, len(run.rounds)
         self._start, self._last = start, time.monotonic()
+        self._told = False
 
     @property
     def seconds(self) -> float:
@@ -189,7 +192,14 @@ class Checkpointer:
             foreign = self._foreign(run.num_steps)
             # All wait: one that ended would have the launcher stop the one that writes.
             path = self.ranks.on_first(lambda: self.checkpoints.write(run.num_steps, state, foreign))
-            logger.debug("checkpoint %s: %.2f s", path, time.monotonic() - begin)
+            seconds = time.monotonic() - begin
+            logger.debug("checkpoint %s: %.2f s", path, seconds)
+            if self.ranks.world > 1 and seconds > 0.5 * _LAUNCHER_GRACE and not self._told:
+                self._told = True
+                logger.warning(
+                    "a checkpoint took %.0f s, and launchers kill processes %.0f s after Ctrl-C or SIGTERM: a stop may lose what "
+                    "came since the last one (--checkpoint-minutes)", seconds, _LAUNCHER_GRACE,
+                )  # fmt: skip
             self._steps, self._rounds = run.num_steps, len(run.rounds)
         self._last = time.monotonic()
 
@@ -214,7 +224,10 @@ def rounds_of(checkpoint: Checkpoint, path: Path) -> list[dict[str, Any]]:
     size = log["bytes"]
     found = path.stat().st_size if path.exists() else 0
     if found < size:
-        raise CheckpointError(f"{path}: {checkpoint.path.name} needs its first {size} bytes, got {found}")
+        raise CheckpointError(
+            f"{path}: {checkpoint.path.name} needs its first {size} bytes, got {found}; restore the file, or begin again with "
+            "--pool PREPARED in another folder"
+        )
     content = b""
     if size:
         with path.open("rb") as file:

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,12 +77,18 @@ class RunFolderError(ValueError):
 
 
 def claim_folder(path: str, *, resume: bool) -> Path:
-    """The output folder; refused when it holds something and the run does not resume."""
+    """The output folder; refused when it holds something that is no run to resume: a run removes what it does not know."""
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"out: expected a folder, got the file {folder}")
-    if folder.exists() and any(folder.iterdir()) and not resume:
-        raise RunFolderError(f"out: {folder} is not empty; name another folder, or go on in it with --resume")
+    if folder.exists() and any(not name.endswith(".tmp") for name in os.listdir(folder)):
+        if not resume:
+            raise RunFolderError(f"out: {folder} is not empty; name another folder, or go on in it with --resume")
+        if not (folder / CONFIG_FILE).exists():
+            raise RunFolderError(
+                f"out: {folder} is not empty and holds no {CONFIG_FILE} of a run: there is nothing to resume; name the run's "
+                "folder, or an empty one"
+            )
     return folder
 
 
@@ -122,9 +128,10 @@ def run_prepare(config: PrepareConfig, lead: LeadConfig) -> dict[str, Any]:
         if isinstance(inputs, Prepared):
             raise ValueError(f"pool: {config.pool} is prepared already; give it to `lead-fast train`")
         with failures_explained(None):
-            prepared = prepare(inputs, config, lead, folder)
             if ranks.is_first:
-                write_text(folder / CONFIG_FILE, to_yaml(config, lead.resolve()))
+                remove_leftovers(folder)
+                write_text(folder / CONFIG_FILE, to_yaml(config, lead.resolve()))  # now: by it --resume knows the folder
+            prepared = prepare(inputs, config, lead, folder)
     return {"out": str(folder), **prepared.summary}
 
 
@@ -157,16 +164,22 @@ def run_train(config: TrainConfig, lead: LeadConfig) -> dict[str, Any]:
         return finished_run(folder) if ranks.is_first else {}
     checkpoints = Checkpoints(folder / CHECKPOINTS)
     with StopSignals(several=ranks.world > 1) as stop, _claimed(config, ranks):
-        if config.resume and checkpoints.paths():
+        goes_on = config.resume and bool(checkpoints.paths())
+        if goes_on or (config.resume and has_rounds(folder)):
             check_options(folder, config, lead)
-            inputs = own_inputs(config)
-        else:
-            inputs = open_inputs(config)
+        inputs = own_inputs(config) if goes_on else open_inputs(config)
         heldout = None if config.heldout is None else Pool.open(config.heldout)
-        with failures_explained(checkpoints):
-            if ranks.is_first:  # before the longest part, so that --resume knows them
+
+        def keep_options() -> None:
+            if ranks.is_first:
                 write_text(folder / CONFIG_FILE, to_yaml(config, lead.resolve()))
-            return _train(inputs, heldout, config, lead, checkpoints, stop, start)
+
+        with failures_explained(checkpoints):
+            if not goes_on:
+                keep_options()  # before the longest part, so that --resume knows them
+            # A run that goes on keeps the old ones until pool and held-out rows are known to be its own.
+            on_begun = keep_options if goes_on else lambda: None
+            return _train(inputs, heldout, config, lead, checkpoints, stop, start, on_begun)
 
 
 def with_absolute_paths(config: AnyConfig) -> AnyConfig:
@@ -217,6 +230,11 @@ def finished_run(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in summary.items() if name not in SUMMARY_DETAILS}
 
 
+def has_rounds(folder: Path) -> bool:
+    """Whether a run in the folder got as far as its first round."""
+    return (folder / ROUNDS_FILE).exists() and (folder / ROUNDS_FILE).stat().st_size > 0
+
+
 def own_inputs(config: TrainConfig) -> Prepared | Pool:
     """The inputs of a run that has begun: what it prepared itself does not need the raw pool again."""
     assert config.out is not None
@@ -226,7 +244,7 @@ def own_inputs(config: TrainConfig) -> Prepared | Pool:
 
 def _train(
     inputs: Prepared | Pool, heldout: Pool | None, config: TrainConfig, lead: LeadConfig, checkpoints: Checkpoints,
-    stop: StopSignals, start: float,
+    stop: StopSignals, start: float, on_begun: Callable[[], None],
 ) -> dict[str, Any]:  # fmt: skip
     folder = checkpoints.folder.parent
     if isinstance(inputs, Prepared):
@@ -252,8 +270,10 @@ def _train(
 
     # Again: what the stages drew depends on which of them had to run.
     seed_generators(lead.seed + ranks.number)
-    state = TrainingState(engine, optimization, signals, heldout)
+    places = {"pool": config.pool, "held-out rows": config.heldout}
+    state = TrainingState(engine, optimization, signals, heldout, places)
     run, log, seconds = begin(state, checkpoints, folder)
+    on_begun()
     signals.go_on(run.rounds)
     if config.trackers:
         both = dataclasses.asdict(config) | dataclasses.asdict(lead)
@@ -354,7 +374,7 @@ def _newest(checkpoints: Checkpoints, folder: Path) -> Checkpoint | None:
     for leftovers in (folder, folder / "prepared", folder / UTILITIES, folder / AUDIT_FOLDER):
         remove_leftovers(leftovers)
     checkpoints.remove_leftovers()
-    checkpoint = checkpoints.load()
+    checkpoint = checkpoints.load(lambda found: rounds_of(found, folder / ROUNDS_FILE))
     if checkpoint is None:
         for name in (UTILITIES, AUDIT_FOLDER):
             shutil.rmtree(folder / name, ignore_errors=True)

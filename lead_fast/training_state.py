@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import logging
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from lead_fast.checkpoint import State, tensor_bytes
 from lead_fast.models import trained_parameters
-from lead_fast.optimization import Optimization, StepResult, TrainingError, reshard
+from lead_fast.optimization import Optimization, StepResult, TrainingError, reshard, zero_stage
 from lead_fast.packing import CutCounts
 from lead_fast.pool import ARRAYS, Pool
 from lead_fast.shards import assign, own_part, sharded_like, whole, whole_on_first, whole_shape
@@ -44,11 +45,16 @@ class TrainingState:
         optimization: of the run.
         signals: of the run.
         heldout: the pool that scores the run, or None.
+        places: what the user calls the pool and the held-out rows, for errors.
     """
 
-    def __init__(self, engine: LeadEngine, optimization: Optimization, signals: Signals, heldout: Pool | None = None) -> None:
+    def __init__(
+        self, engine: LeadEngine, optimization: Optimization, signals: Signals, heldout: Pool | None = None,
+        places: Mapping[str, str | None] | None = None,
+    ) -> None:  # fmt: skip
         self.engine, self.optimization, self.signals = engine, optimization, signals
         attach(engine, optimization)
+        self.places = places or {}
         self.identity = {
             "pool": _pool_digest(engine.pool),
             "held-out rows": None if heldout is None else heldout.fingerprint,
@@ -90,8 +96,10 @@ class TrainingState:
         """
         for what, got in self.identity.items():
             if got != state["identity"][what]:
+                where = self.places.get(what)
                 raise ValueError(
                     f"resume: the {what} must be those the run began with: expected {state['identity'][what]}, got {got}"
+                    + ("" if where is None else f" in {where}")
                 )
         now = environment(self.optimization)
         if different := {name: (was, now[name]) for name, was in state["environment"].items() if now[name] != was}:
@@ -176,7 +184,8 @@ def _restore_weights(model: nn.Module, saved: dict[str, Tensor]) -> None:
 
 def _optimizer(optimization: Optimization) -> State:
     if optimization.is_zero:
-        return {"format": "deepspeed", "processes": optimization.ranks.world}
+        stage = zero_stage(optimization.accelerator)
+        return {"format": "deepspeed", "processes": optimization.ranks.world, "stage": stage}
     names = {id(p): name for name, p in trained_parameters(optimization.bare)}
     is_first = optimization.ranks.is_first
     state = {
@@ -196,6 +205,8 @@ def _restore_optimizer(optimization: Optimization, saved: State) -> None:
     if optimization.is_zero:
         if saved["processes"] != (got := optimization.ranks.world):
             raise ValueError(f"resume: ZeRO's optimizer is that of {saved['processes']} processes, got {got}")
+        if saved["stage"] != (stage := zero_stage(optimization.accelerator)):
+            raise ValueError(f"resume: the optimizer is that of ZeRO's stage {saved['stage']}, got stage {stage}")
         return  # by restore_zero
     parameters = dict(trained_parameters(optimization.bare))
     optimizer, state = optimization.optimizer, {}

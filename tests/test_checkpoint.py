@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,14 +12,17 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lead_fast import resume
 from lead_fast.checkpoint import CheckpointError, Checkpoints
 from lead_fast.config import LeadConfig, TrainConfig
 from lead_fast.engine import LeadEngine
+from lead_fast.interrupts import StopSignals
 from lead_fast.loading import prepare_model
 from lead_fast.lora import add_lora
 from lead_fast.optimization import Optimization, TrainingError
 from lead_fast.packing import Sample
 from lead_fast.pool import Pool
+from lead_fast.resume import Checkpointer, RoundLog
 from lead_fast.signals import Signals
 from lead_fast.trainer import TrainingRun, run_rounds
 from lead_fast.training_state import TrainingState, seed_generators
@@ -364,3 +368,16 @@ def test_one_number_of_any_stride_is_saved(tmp_path):
     odd = torch.arange(5.0).view(5, 1)[:1].as_strided((1,), (5,))
     path = Checkpoints(tmp_path).write(1, {"run": {"odd": odd}})
     assert torch.equal(Checkpoints(tmp_path).load().state["run"]["odd"], odd), path
+
+
+def test_checkpoints_that_a_launcher_would_cut_are_told_once(tmp_path, monkeypatch, caplog):
+    ranks = SimpleNamespace(world=2, is_first=True, on_first=lambda write: write())
+    optimization = SimpleNamespace(ranks=ranks, is_zero=False)
+    state = SimpleNamespace(optimization=optimization, capture=lambda run: mixed_state(run.num_steps))
+    run = TrainingRun()
+    checkpointer = Checkpointer(Checkpoints(tmp_path), state, TrainConfig(), RoundLog(None), StopSignals(), run, 0.0)
+    for grace, told in ((60.0, 0), (0.0, 1), (0.0, 1)):
+        monkeypatch.setattr(resume, "_LAUNCHER_GRACE", grace)
+        run.num_steps += 1
+        checkpointer.write(run)
+        assert caplog.text.count("launchers kill processes") == told

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 
 import pytest
@@ -230,3 +231,16 @@ def test_yaml(prepared, tmp_path, capfd, monkeypatch):
     file.write_text(f"pool: ~/{prepared.name}\nshow_batch: true\nout: ~/new\n")
     assert main(["train", "--config", str(file)]) == 0
     assert "first batch of round 1" in capfd.readouterr().out and not os.path.exists("~")
+
+
+def test_a_preparation_that_was_killed_leaves_nothing_half_made(prepared, pool, tmp_path):
+    """Its folder is known by the options that it begins with."""
+    there = tmp_path / "there"
+    shutil.copytree(prepared, there)
+    shutil.rmtree(there / "pool")
+    (there / ".scores.0123abcd.tmp").mkdir()
+    (there / "prepare.json").unlink()
+    assert main(["prepare", "--pool", str(pool), "--out", str(there), *PREPARE, "--resume"]) == 0
+    assert not list(there.glob(".*.tmp")) and (there / "prepare.json").exists()
+    (there / "config.yaml").unlink()
+    assert main(["prepare", "--pool", str(pool), "--out", str(there), *PREPARE, "--resume"]) == 1

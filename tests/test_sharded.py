@@ -131,6 +131,10 @@ def rank_main(rank, world, port, folder, kind, tuning):
         with pytest.raises(TrainingError, match="'historical' follows whole weights, which are sharded"):
             attach(engine, optimization)
     if optimization.is_zero:
+        stage = int(kind[-1])
+        checkpoint.state["optimizer"]["stage"] = 1 + stage % 3
+        with pytest.raises(ValueError, match=rf"that of ZeRO's stage {1 + stage % 3}, got stage {stage}"):
+            state.restore(checkpoint.state, [])
         checkpoint.state["optimizer"]["processes"] = 3
         with pytest.raises(ValueError, match="ZeRO's optimizer is that of 3 processes, got 2"):
             state.restore(checkpoint.state, [])

@@ -197,9 +197,10 @@ def test_a_disk_that_is_full_to_the_last_byte(runs, reference, small_disk):
 
 
 def test_a_file_in_the_way(runs, reference, tmp_path):
-    options, _ = reference("lora")
+    options, expected = reference("lora")
     out = tmp_path / "run"
     out.mkdir()
+    shutil.copy(expected / "config.yaml", out)
     (out / "checkpoints").write_text("mine")
     run = runs.start([*options, "--out", str(out), "--resume"])
     assert run.wait() == 1
@@ -330,6 +331,54 @@ def test_changed_options_are_refused_by_name(runs, interrupted):
     assert checkpoints_of(out) == before and yaml.safe_load((out / "config.yaml").read_text()) == began
 
 
+def test_a_run_that_began_its_rounds_keeps_its_options_without_a_checkpoint_too(interrupted, capfd):
+    command, out = interrupted
+    shutil.rmtree(out / "checkpoints")
+    files = {path: path.read_bytes() for path in (out / "config.yaml", out / "rounds.jsonl")}
+    assert main([*command, "--gamma", "0.2"]) == 1
+    assert "resume: gamma (began with 0.1, got 0.2)" in capfd.readouterr().err
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_a_pool_that_is_refused_leaves_the_run_its_own(interrupted, reference, tmp_path, capfd):
+    command, out = interrupted
+    began = (out / "config.yaml").read_bytes()
+    shutil.copytree(reference.folder / "prepared-lora", tmp_path / "other")
+    summary = json.loads((tmp_path / "other" / "prepare.json").read_text())
+    (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    assert summary and main([*command, "--heldout", str(tmp_path / "held.jsonl")]) == 1
+    error = capfd.readouterr().err
+    assert "resume: the held-out rows must be those the run began with" in error and f"in {tmp_path / 'held.jsonl'}" in error
+    assert (out / "config.yaml").read_bytes() == began
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert_same_run(out, reference("lora")[1])
+
+
+def test_a_folder_that_is_no_run_is_not_resumed_into(reference, tmp_path, capfd):
+    """A run removes what it does not know, and replaces its model."""
+    options, _ = reference("lora")
+    for name in ("model/weights.safetensors", "audit/thesis.txt", "utilities/notes.txt", "rounds.jsonl"):
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text("precious")
+    assert main([*options, "--out", str(tmp_path / "mine"), "--resume"]) == 1
+    assert "is not empty and holds no config.yaml of a run: there is nothing to resume" in capfd.readouterr().err
+    assert sorted(p.read_text() for p in (tmp_path / "mine").rglob("*") if p.is_file()) == ["precious"] * 4
+
+
+def test_a_checkpoint_whose_rounds_are_gone_is_passed_over(runs, reference, tmp_path, caplog):
+    options, expected = reference("lora")
+    command = [*options, "--out", str(out := tmp_path / "run"), "--checkpoint-minutes", "0", "--checkpoint-rounds", "1"]
+    run = runs.start(command, hold=["rename", ".writing", 4])
+    assert run.wait_until_held() and run.kill() == -signal.SIGKILL
+    before, newest = Checkpoints(out / "checkpoints").paths()
+    needed = [json.loads((path / "state.json").read_text())["log"]["bytes"] for path in (before, newest)]
+    assert 0 < needed[0] < needed[1]
+    os.truncate(out / "rounds.jsonl", needed[1] - 1)
+    assert main([*command, "--resume"]) == 0
+    assert f"{newest.name} needs its first {needed[1]} bytes, got {needed[1] - 1}" in caplog.text
+    assert_same_run(out, expected)
+
+
 def test_one_process_at_a_time(runs, interrupted):
     command, out = interrupted
     with locked(out):
@@ -367,6 +416,7 @@ def test_rounds_do_not_depend_on_which_stages_ran_before(reference, tmp_path):
     options += ["--min-rounds", "3", "--warmup-share", "0.1", "--num-arms", "2", "--tasks-per-arm", "2"]
     assert main(["train", *options, "--out", str(out)]) == 0
     shutil.copytree(out / "prepared", again / "prepared")
+    shutil.copy(out / "config.yaml", again)
     assert main(["train", *options, "--out", str(again), "--resume"]) == 0
     assert_same_run(again, out)
 
