@@ -197,8 +197,8 @@ class Checkpointer:
             if self.ranks.world > 1 and seconds > 0.5 * _LAUNCHER_GRACE and not self._told:
                 self._told = True
                 logger.warning(
-                    "a checkpoint took %.0f s, and launchers kill processes %.0f s after Ctrl-C or SIGTERM: a stop may lose what "
-                    "came since the last one (--checkpoint-minutes)", seconds, _LAUNCHER_GRACE,
+                    "a checkpoint took %.0f s, and launchers kill processes %.0f s after Ctrl-C or SIGTERM: a stop may lose "
+                    "what came since the last one (--checkpoint-minutes)", seconds, _LAUNCHER_GRACE,
                 )  # fmt: skip
             self._steps, self._rounds = run.num_steps, len(run.rounds)
         self._last = time.monotonic()
