@@ -1,62 +1,31 @@
-"""Packed forward passes, LM heads, LoRA, saving."""
+"""Packed forward passes, saving, mixtures of experts."""
 
 import sys
 
 import pytest
 import torch
 import transformers
+from model_cases import KINDS, MIXING, adapted, made_samples, made_tokenizer, mixing, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lead_fast.attention import PACKED_ATTENTION, packed_attention, say_once
 from lead_fast.loading import build_model, check_length, load_model, loaded_to_shard, prepare_model, save_model
 from lead_fast.lora import add_lora
-from lead_fast.models import PackedModel, check_head, lm_head
-from lead_fast.offline.pretrain import train_tokenizer
-from lead_fast.packing import ChatEncoder, pack
+from lead_fast.models import PackedModel
+from lead_fast.packing import pack
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["some words to learn from, 1 2 3. " * 3], 300)
+    return made_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def samples(tokenizer):
-    texts = [("one two", "three"), ("a much longer question " * 6, "and a longer answer"), ("x", "y z")]
-    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in texts]
-    return list(ChatEncoder(tokenizer, 256).encode(chats))
-
-
-def tiny(kind, vocab, **options):
-    shape = dict(
-        vocab_size=vocab, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, head_dim=8, **options,
-    )  # fmt: skip
-    if kind == "gpt2":
-        shape = dict(vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **shape)
-    return prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-
-
-KINDS = [
-    ("llama", {}),
-    ("qwen2", {}),
-    ("qwen3", {}),
-    (
-        "gemma3_text",
-        {"final_logit_softcapping": 5.0, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-    ("phi3", {"pad_token_id": 0}),
-    ("gemma2", {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 20.0, "sliding_window": 8}),
-    ("mistral", {"sliding_window": 8}),
-    ("cohere", {"logit_scale": 0.25}),
-    ("granite", {"logits_scaling": 4.0}),
-    ("gpt2", {}),
-]
+    return made_samples(tokenizer)
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS, ids=[k for k, _ in KINDS])
@@ -82,126 +51,6 @@ def test_a_packed_sample_has_the_loss_and_gradient_it_has_alone(kind, options, t
         if parameter.grad is not None:
             scale = float(parameter.grad.abs().max())
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * max(scale, 1.0))
-
-
-def test_a_head_with_an_adapter_is_refused(tokenizer):
-    from peft import LoraConfig, get_peft_model
-
-    model = tiny("llama", len(tokenizer))
-    adapted = get_peft_model(model, LoraConfig(target_modules=["lm_head", "q_proj"]))
-    with pytest.raises(ValueError, match=r"plain nn\.Linear without adapter"):
-        PackedModel(adapted)
-
-
-def test_a_head_that_does_more_than_the_fused_loss_knows_is_refused(tokenizer):
-    model = tiny("llama", len(tokenizer))
-    check_head(model)
-
-    def forward(*args, **kwargs):
-        out = type(model).forward(model, *args, **kwargs)
-        out.logits = out.logits * 1.5
-        return out
-
-    model.forward = forward
-    with pytest.raises(ValueError, match="does not know"):
-        check_head(model)
-
-
-def capped(logits):
-    return 30.0 * torch.tanh(logits / 30.0)
-
-
-def scaled(logits):
-    return 0.97 * logits
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("change", "place"), [(capped, "after"), (scaled, "after"), (scaled, "before")])
-def test_what_half_precision_would_hide_is_found(change, place, dtype, tokenizer):
-    """Logits of an untrained model are small: a cap of 30 moves them by less than bf16 rounds."""
-    model = tiny("llama", len(tokenizer)).to(dtype)
-    forward = type(model).forward
-
-    def changed(*args, **kwargs):
-        out = forward(model, *args, **kwargs)
-        out.logits = change(out.logits)
-        return out
-
-    if place == "after":
-        model.forward = changed
-    else:
-        model.lm_head.register_forward_pre_hook(lambda _, args: (change(args[0]),))
-    with pytest.raises(ValueError, match="does not know"):
-        check_head(model)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("recurrent_gemma", {"logits_soft_cap": 2.0, "lru_width": 32, "block_types": ["attention"], "attention_window_size": 64}),
-     ("falcon_h1", {"lm_head_multiplier": 0.04, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8})],
-)  # fmt: skip
-def test_caps_and_scales_by_other_names_are_served(kind, options, tokenizer, samples):
-    model = tiny(kind, len(tokenizer), **options)
-    loss = PackedModel(model)(pack(samples[:1])).loss
-    ids = torch.from_numpy(samples[0].input_ids)[None]
-    labels = torch.where(torch.from_numpy(samples[0].supervised), ids, -100)
-    own = nn.functional.cross_entropy(model(input_ids=ids, use_cache=False).logits[0, :-1], labels[0, 1:])
-    torch.testing.assert_close(loss, own, rtol=1e-4, atol=1e-5)
-
-
-def test_lora_names_a_layer_in_a_list_by_its_list(tokenizer):
-    model = tiny("llama", len(tokenizer))
-    for layer in model.model.layers:
-        layer.mlp.extra = nn.ModuleList([nn.Linear(32, 4)])
-        layer.mlp.modality_router = nn.Linear(32, 4)
-    paths = adapted(add_lora(model, rank=2, alpha=4.0, seed=0))
-    assert sum(path.endswith("mlp.extra.0") for path in paths) == 2 and len(paths) == 16
-
-
-def test_lora_trains_adapters_only_and_starts_at_the_base_model(tokenizer, samples):
-    model = build_model("tiny", tokenizer, seed=1, device=CPU)
-    before = PackedModel(model)(pack(samples)).loss
-    adapted = add_lora(model, rank=4, alpha=8.0, seed=0)
-    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
-    assert trained and all("lora_" in n for n in trained)
-    out = PackedModel(adapted)(pack(samples))
-    torch.testing.assert_close(out.loss, before)
-    out.loss.backward()
-    assert lm_head(PackedModel(adapted).causal_lm).weight.grad is None
-
-
-LORA_NAMES = {
-    "llama": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj", "phi3": "qkv_proj o_proj gate_up_proj down_proj",
-    "gpt2": "c_attn c_fc c_proj", "starcoder2": "q_proj k_proj v_proj o_proj c_fc c_proj",
-    "qwen3_moe": "q_proj k_proj v_proj o_proj",
-}  # fmt: skip
-
-
-def adapted(model):
-    return {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
-
-
-@pytest.mark.parametrize("kind", LORA_NAMES)
-def test_lora_adapts_every_linear_layer_of_a_family_but_routers(kind, tokenizer):
-    options = {"pad_token_id": 0} if kind == "phi3" else {"num_experts": 4} if kind == "qwen3_moe" else {}
-    model = add_lora(tiny(kind, len(tokenizer), **options), rank=2, alpha=4.0, seed=0)
-    assert {name.rsplit(".", 1)[-1] for name in adapted(model)} == set(LORA_NAMES[kind].split())
-
-
-def test_a_router_of_linear_layers_is_not_adapted(tokenizer):
-    model = tiny("llama", len(tokenizer))
-    for layer in model.model.layers:
-        layer.mlp.router = nn.Sequential(nn.Linear(32, 4))
-        layer.mlp.router.q_proj = nn.Linear(4, 4)  # by a name that others have, too
-    paths = adapted(add_lora(model, rank=2, alpha=4.0, seed=0))
-    assert len(paths) == 14 and not any("router" in path for path in paths)
-
-
-def test_lora_on_chosen_layers(tokenizer):
-    model = add_lora(tiny("llama", len(tokenizer)), rank=2, alpha=4.0, seed=0, targets=["q_proj", "v_proj"])
-    assert {name.rsplit(".", 1)[-1] for name in adapted(model)} == {"q_proj", "v_proj"}
-    with pytest.raises(ValueError, match=r"lora_targets: expected some of down_proj, .*, got qkv_proj"):
-        add_lora(tiny("llama", len(tokenizer)), rank=2, alpha=4.0, seed=0, targets=["q_proj", "qkv_proj"])
 
 
 def images_and_text(vocab):
@@ -292,86 +141,6 @@ def test_saved_models_load_with_transformers_alone(kind, tokenizer, samples, tmp
     assert not list((tmp_path / "m").glob("*.bin"))
 
 
-def test_a_sharded_head_is_refused(tokenizer):
-    model = tiny("llama", len(tokenizer))
-    # What ZeRO-3 leaves of a weight outside a forward pass.
-    model.get_output_embeddings().weight = nn.Parameter(torch.empty(0))
-    with pytest.raises(ValueError, match="one whole floating point"):
-        lm_head(model)
-
-
-def test_a_head_that_is_a_dtensor_is_refused(tokenizer):
-    """FSDP2's sharded heads, and transformers' tensor-parallel ones."""
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = tiny("llama", len(tokenizer))
-        head = model.get_output_embeddings()
-        head.weight = nn.Parameter(distribute_tensor(head.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)]))
-        with pytest.raises(ValueError, match=r"one whole floating point .* got DTensor"):
-            lm_head(model)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_a_head_of_which_a_rank_holds_some_rows_is_refused(tokenizer):
-    """Tensor parallelism on plain tensors: a smaller nn.Linear, whose hook gathers the logits of all ranks."""
-    model = tiny("llama", len(tokenizer))
-    whole = model.get_output_embeddings()
-    part = nn.Linear(32, len(tokenizer) // 2, bias=False)
-    part.weight = nn.Parameter(whole.weight.detach()[: len(tokenizer) // 2].clone())
-    part.register_forward_hook(lambda module, args, output: nn.functional.linear(args[0], whole.weight))
-    model.set_output_embeddings(part)
-    with pytest.raises(ValueError, match="must give all logits"):
-        PackedModel(model)
-
-
-def test_a_quantized_head_is_refused(tokenizer):
-    model = tiny("llama", len(tokenizer))
-    head = model.get_output_embeddings()
-    head.weight = nn.Parameter(head.weight.detach().to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="one whole floating point"):
-        lm_head(model)
-
-
-@pytest.mark.parametrize("casts_itself", [True, False], ids=["head-casts-its-input", "plain-head"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_head_in_fp32_over_a_body_in_16_bits(dtype, casts_itself, tokenizer, samples):
-    """As TRL's cast_lm_head_to_fp32 leaves a model: logits of the head's precision, the body's gradient in its own."""
-    model = tiny("llama", len(tokenizer)).to(dtype)
-    head = model.get_output_embeddings().float()
-    if casts_itself:
-        head.forward = lambda hidden: nn.functional.linear(hidden.float(), head.weight, head.bias)
-    packed, batch = PackedModel(model), pack(samples)
-    hidden = packed.hidden(batch).detach().requires_grad_()
-    out = packed.loss(hidden, batch)
-    assert hidden.dtype == dtype and out.loss.dtype == torch.float32
-    found = torch.autograd.grad(out.loss, (hidden, head.weight))
-
-    plain = hidden.detach().clone().requires_grad_()
-    loss = nn.functional.cross_entropy(nn.functional.linear(plain.float(), head.weight), batch.labels)
-    torch.testing.assert_close(out.loss, loss, rtol=1e-6, atol=0)
-    for gradient, expected in zip(found, torch.autograd.grad(loss, (plain, head.weight)), strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=2 * torch.finfo(gradient.dtype).eps, atol=1e-7)
-
-    packed(batch).loss.backward()
-    assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("body", "head"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=["narrower", "other-16-bits"]
-)
-def test_a_head_that_cannot_hold_its_hidden_states_is_refused_outside_autocast(body, head, tokenizer, samples):
-    model = tiny("llama", len(tokenizer)).to(body)
-    model.get_output_embeddings().to(head)
-    packed, batch = PackedModel(model), pack(samples)
-    with pytest.raises(ValueError, match="the head of LlamaForCausalLM must hold what its hidden states do"):
-        packed(batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert packed(batch).loss.isfinite()
-
-
 def test_a_deep_model_whose_rounding_drives_kernels_apart_is_served(tokenizer):
     """In bf16, with large activations: eager and sdpa differ by 18% here, and neither is wrong."""
     config = transformers.AutoConfig.for_model(
@@ -389,29 +158,6 @@ def test_a_deep_model_whose_rounding_drives_kernels_apart_is_served(tokenizer):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="gives packed samples other hidden states"):
         patch.setattr(PackedModel, "hidden", leaks)
         PackedModel(model)
-
-
-# Models that mix tokens by more than attention, or by attention of their own: no packed sample may reach another.
-MIXING = {
-    "bloom": dict(n_head=4, n_layer=2),
-    "falcon": dict(alibi=True, num_attention_heads=4, num_hidden_layers=2, new_decoder_architecture=False),
-    "mpt": dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=512),
-    "mamba": dict(num_hidden_layers=2, state_size=8),
-    "gpt_oss": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
-                    num_local_experts=4, num_experts_per_tok=2, layer_types=["sliding_attention", "full_attention"],
-                    sliding_window=8, output_router_logits=True, router_aux_loss_coef=0.5),
-    "qwen3_next": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
-                       layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=4,
-                       linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
-                       moe_intermediate_size=16, shared_expert_intermediate_size=16, output_router_logits=True,
-                       router_aux_loss_coef=0.5),
-}  # fmt: skip
-
-
-def mixing(kind, vocab):
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **{"vocab_size": vocab, "hidden_size": 32, **MIXING[kind]})
-    return prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("kind", MIXING)
@@ -482,12 +228,6 @@ def test_a_model_that_sees_what_comes_is_refused(tokenizer):
     model = prepare_model(AutoModelForCausalLM.from_config(config))
     with pytest.raises(ValueError, match="`model` must be causal, got BertLMHeadModel"):
         PackedModel(model)
-
-
-def test_adapters_leave_out_what_peft_refuses_in_a_mamba(tokenizer):
-    adapted = add_lora(mixing("mamba", len(tokenizer)), rank=4, alpha=8.0, seed=0)
-    names = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad}
-    assert names == {"in_proj", "x_proj", "dt_proj"}
 
 
 def test_experts_of_samples_that_run_one_by_one_are_balanced_over_all_of_them(tokenizer, samples):

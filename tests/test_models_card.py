@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_models import KINDS, tiny
+from model_cases import KINDS, demo_samples, demo_tokenizer, tiny
 from torch import nn
 
 from lead_fast.cli import main
@@ -13,8 +13,7 @@ from lead_fast.demo_pool import demo_rows
 from lead_fast.files import read_jsonl, write_jsonl
 from lead_fast.loading import save_model
 from lead_fast.models import PackedModel
-from lead_fast.offline.pretrain import train_tokenizer
-from lead_fast.packing import ChatEncoder, pack
+from lead_fast.packing import pack
 
 pytestmark = pytest.mark.cuda
 OPTIONS = [
@@ -37,13 +36,12 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    texts = [message["content"] for row in demo_rows(50, seed=1) for message in row["messages"]]
-    return train_tokenizer(texts, 400)
+    return demo_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def samples(tokenizer):
-    return list(ChatEncoder(tokenizer, 128).encode([row["messages"] for row in demo_rows(8, seed=3)]))
+    return demo_samples(tokenizer, 8)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from model_cases import demo_samples, demo_tokenizer
 from peft import PeftModel
 from torch import nn
 
@@ -21,9 +22,8 @@ from lead_fast.loading import build_model, load_model, save_model
 from lead_fast.lora import add_lora
 from lead_fast.lora_linear import LoraLinear, fuse_lora
 from lead_fast.models import PackedModel
-from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization, TrainingError, make_accelerator
-from lead_fast.packing import ChatEncoder, pack
+from lead_fast.packing import pack
 from lead_fast.pool import Pool
 from lead_fast.trainer import attach
 
@@ -32,13 +32,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    texts = [message["content"] for row in demo_rows(50, seed=1) for message in row["messages"]]
-    return train_tokenizer(texts, 400)
+    return demo_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def samples(tokenizer):
-    return list(ChatEncoder(tokenizer, 128).encode([row["messages"] for row in demo_rows(12, seed=3)]))
+    return demo_samples(tokenizer, 12)
 
 
 @pytest.fixture(scope="module")
