@@ -34,7 +34,7 @@ INNER = {
     "device.py": set(),
     "ranks.py": set(),
     "bandit.py": {"state", "reference_state"},
-    "selection.py": {"device", "reference_state"},
+    "selection.py": {"device", "reference_state", "rng"},
     "utility.py": {"device", "state", "reference_state", "selection"},
     "estimators.py": {"utility", "reference_state"},
     "first_order.py": {"device", "rng", "reference_state", "utility"},

@@ -340,18 +340,14 @@ def test_a_run_that_began_its_rounds_keeps_its_options_without_a_checkpoint_too(
     assert all(path.read_bytes() == content for path, content in files.items())
 
 
-def test_a_pool_that_is_refused_leaves_the_run_its_own(interrupted, reference, tmp_path, capfd):
+def test_rows_that_are_refused_leave_the_run_its_own(interrupted, tmp_path, capfd):
     command, out = interrupted
     began = (out / "config.yaml").read_bytes()
-    shutil.copytree(reference.folder / "prepared-lora", tmp_path / "other")
-    summary = json.loads((tmp_path / "other" / "prepare.json").read_text())
     (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
-    assert summary and main([*command, "--heldout", str(tmp_path / "held.jsonl")]) == 1
+    assert main([*command, "--heldout", str(tmp_path / "held.jsonl")]) == 1
     error = capfd.readouterr().err
     assert "resume: the held-out rows must be those the run began with" in error and f"in {tmp_path / 'held.jsonl'}" in error
     assert (out / "config.yaml").read_bytes() == began
-    assert main(["train", "--resume", "--out", str(out)]) == 0
-    assert_same_run(out, reference("lora")[1])
 
 
 def test_a_folder_that_is_no_run_is_not_resumed_into(reference, tmp_path, capfd):
