@@ -46,6 +46,8 @@ class OpenRound:
         num_steps, steps_done: optimizer steps of the round, and those taken.
         num_tokens, num_items: tokens and supervised tokens that this process trained on.
         num_barren: its rows so far without a supervised token.
+        step_tokens, step_items: tokens and supervised tokens of the step that is under way: of a checkpoint in its middle they
+            are no part, since it is made again.
     """
 
     round: Round
@@ -56,6 +58,8 @@ class OpenRound:
     num_tokens: int = 0
     num_items: int = 0
     num_barren: int = 0
+    step_tokens: int = 0
+    step_items: int = 0
 
 
 class HostRounds:
@@ -133,14 +137,17 @@ class HostRounds:
             return
         if self.engine.clocks.num_steps == 0:
             self._untrained.append((batch.rows, loss.clone()))
-        opened.num_tokens += batch.num_tokens
-        opened.num_items += batch.num_items
+        opened.step_tokens += batch.num_tokens
+        opened.step_items += batch.num_items
 
     def step(self, lr: float, num_items: int) -> None:
         """Takes an optimizer step: the learning rate it used, 0 where it was left out, and its supervised tokens."""
         opened = self._open("step")
         self.engine.step(lr=lr, num_items=num_items)
         opened.steps_done += 1
+        opened.num_tokens += opened.step_tokens
+        opened.num_items += opened.step_items
+        opened.step_tokens = opened.step_items = 0
 
     def end(self) -> dict[str, float]:
         """Closes the round.

@@ -266,3 +266,31 @@ def test_utilities_of_another_model_are_said(error, caplog):
         rounds.end()
     assert ("`pool.utility` says" in caplog.text) == (error > 0.1)
     assert caplog.text.count("before any training, 3 samples") == (error > 0.1)
+
+
+def test_a_step_that_is_made_again_is_counted_once():
+    """A host may save between a step's micro-batches and its optimizer step (enable_jit_checkpoint)."""
+
+    def samples_of(rows):
+        return [Sample(np.arange(9), np.ones(9, bool), np.ones(9, bool)) for _ in rows]
+
+    def made():
+        return HostRounds(lf.LeadEngine(array_pool(), lf.LeadConfig(preset="paper", rate=1.0, budget=1.0)), samples_of, 1, 2)
+
+    def play(rounds, saved_at=None):
+        for number, columns in enumerate(rounds.batches()):
+            if len(columns["rows"]):  # a step's first micro-batch may be empty
+                batch = PackedBatch(**columns)
+                one = torch.ones(len(batch.rows))
+                rounds.observe(batch, lf.SampleStats(one, 8 * one, one, one, one))
+            if number == saved_at:
+                return rounds.state_dict()
+            if number % 2:
+                rounds.step(1e-3, 32)
+        return rounds.end()
+
+    whole, cut, again = made(), made(), made()
+    assert whole.begin() and cut.begin()
+    expected = play(whole)
+    again.load_state_dict(play(cut, saved_at=2))
+    assert play(again) == expected and expected["lead/tokens"] > 0
