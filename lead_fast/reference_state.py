@@ -200,9 +200,7 @@ def step(lr: Tensor, num_items: Tensor, arms: Tensor, clock: Tensor, counters: T
     unit[PEAK_LR] = torch.maximum(unit[PEAK_LR], lr)
 
 
-def step_by_numbers(
-    lr: float, num_items: float, arms: Tensor, clock: Tensor, counters: Tensor, unit: Tensor
-) -> None:  # fmt: skip
+def step_by_numbers(lr: float, num_items: float, arms: Tensor, clock: Tensor, counters: Tensor, unit: Tensor) -> None:
     """`step` of numbers that the host knows: on a device they are arguments of its kernel."""
     lr_there, num_items_there = (torch.full((), x, dtype=torch.float64, device=clock.device) for x in (lr, num_items))
     step(lr_there, num_items_there, arms, clock, counters, unit)

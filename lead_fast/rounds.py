@@ -111,8 +111,8 @@ class RoundReport:
             "scaled": scaled,
             "log_weights": log_weights,
             "summary": summary,
-            "quarantined": quarantined.double(),
-        }  # fmt: skip  as all the others are
+            "quarantined": quarantined.double(),  # as all the others are
+        }
         for name, value in snapshot.items():
             if not isinstance(value, Tensor):
                 got = type(value).__name__

@@ -81,14 +81,15 @@ def claim_folder(path: str, *, resume: bool) -> Path:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"out: expected a folder, got the file {folder}")
-    if folder.exists() and any(not name.endswith(".tmp") for name in os.listdir(folder)):
-        if not resume:
-            raise RunFolderError(f"out: {folder} is not empty; name another folder, or go on in it with --resume")
-        if not (folder / CONFIG_FILE).exists():
-            raise RunFolderError(
-                f"out: {folder} is not empty and holds no {CONFIG_FILE} of a run: there is nothing to resume; name the run's "
-                "folder, or an empty one"
-            )
+    names = os.listdir(folder) if folder.exists() else []
+    if names and not resume:
+        raise RunFolderError(f"out: {folder} is not empty; name another folder, or go on in it with --resume")
+    # Of a run that was killed as it began a temporary may be all that is there.
+    if CONFIG_FILE not in names and any(not (name.startswith(".") and name.endswith(".tmp")) for name in names):
+        raise RunFolderError(
+            f"out: {folder} is not empty and holds no {CONFIG_FILE} of a run: there is nothing to resume; name the run's "
+            "folder, or an empty one"
+        )
     return folder
 
 
