@@ -20,6 +20,7 @@ from lead_fast.loading import build_model, save_model
 from lead_fast.offline.pretrain import train_tokenizer
 from lead_fast.optimization import Optimization
 from lead_fast.resume import locked
+from lead_fast.run import RunFolderError, claim_folder
 
 CHECKPOINT_BYTES = 7_300_000  # about; of the run used here
 
@@ -359,6 +360,16 @@ def test_a_folder_that_is_no_run_is_not_resumed_into(reference, tmp_path, capfd)
     assert main([*options, "--out", str(tmp_path / "mine"), "--resume"]) == 1
     assert "is not empty and holds no config.yaml of a run: there is nothing to resume" in capfd.readouterr().err
     assert sorted(p.read_text() for p in (tmp_path / "mine").rglob("*") if p.is_file()) == ["precious"] * 4
+
+
+def test_what_a_run_was_killed_while_writing_is_no_folder_of_others(tmp_path):
+    (tmp_path / ".config.yaml.0123abcd.tmp").write_text("a part")
+    assert claim_folder(str(tmp_path), resume=True) == tmp_path
+    with pytest.raises(RunFolderError, match="is not empty; name another folder"):
+        claim_folder(str(tmp_path), resume=False)
+    (tmp_path / "notes.tmp").write_text("mine")
+    with pytest.raises(RunFolderError, match=r"holds no config\.yaml of a run"):
+        claim_folder(str(tmp_path), resume=True)
 
 
 def test_a_checkpoint_whose_rounds_are_gone_is_passed_over(runs, reference, tmp_path, caplog):
